@@ -1,0 +1,70 @@
+//! Who wins between sending a request and giving it up.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+const WAITING: u8 = 0;
+const COMMITTED: u8 = 1;
+const WITHDRAWN: u8 = 2;
+
+/// Decides, once, whether a request is sent or withdrawn.
+///
+/// The transport commits it right before the first byte may leave; the caller withdraws it at its deadline or when its
+/// future is dropped. Exactly one of them succeeds. So a call that times out in front of a broken connection knows that
+/// it was never executed, and a request is never sent after its caller has gone.
+#[derive(Clone, Debug)]
+pub struct Ticket(Arc<AtomicU8>);
+
+impl Ticket {
+    /// A ticket that is neither committed nor withdrawn.
+    #[must_use]
+    pub fn new() -> Self {
+        Self(Arc::new(AtomicU8::new(WAITING)))
+    }
+
+    /// For the transport: true if the request may be sent now, and counts as sent from now on. True again if it was
+    /// committed before, as when a batch is tried again.
+    #[must_use]
+    pub fn commit(&self) -> bool {
+        self.decide(COMMITTED) != WITHDRAWN
+    }
+
+    /// For the caller: true if the request was not sent, and will not be.
+    #[must_use]
+    pub fn withdraw(&self) -> bool {
+        self.decide(WITHDRAWN) != COMMITTED
+    }
+
+    /// True if the caller gave up before it was sent; such a request may be forgotten.
+    #[must_use]
+    pub fn is_withdrawn(&self) -> bool {
+        self.0.load(Ordering::Acquire) == WITHDRAWN
+    }
+
+    /// The state after the attempt to move from waiting to `state`.
+    fn decide(&self, state: u8) -> u8 {
+        match self.0.compare_exchange(WAITING, state, Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) => state,
+            Err(decided) => decided,
+        }
+    }
+}
+
+impl Default for Ticket {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_one_wins() {
+        let sent = Ticket::new();
+        assert!(sent.commit() && !sent.withdraw() && sent.commit());
+        let withdrawn = Ticket::new();
+        assert!(withdrawn.withdraw() && !withdrawn.commit() && withdrawn.is_withdrawn());
+    }
+}

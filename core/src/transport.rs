@@ -1,0 +1,330 @@
+//! The contract between core and a broker: five operations that move messages and know nothing of calls.
+//!
+//! Correlation, deadlines, duplicates, faults and typed bodies live above it, once. Every promise below names
+//! the conformance cases that check it; `docs/writing-a-transport.md` is the guided tour.
+
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use tokio::sync::watch;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::envelope::{CorrelationId, Reply, Request};
+use crate::error::Error;
+use crate::name::{ReplyAddress, ServiceName};
+use crate::ticket::Ticket;
+
+/// A connection to a broker.
+///
+/// **Recovery** is the transport's: after a lost connection it connects again by itself (backoff with full jitter,
+/// at most 1 s apart), restores its inboxes and subscriptions, and says so by [`state`](Self::state).
+/// *Checked by* `reconnect/*`.
+///
+/// **Runtime**: its tasks live on the runtime that it was connected on, and end at [`close`](Self::close) or drop.
+///
+/// **Sizes** are checked above it. Names are valid by their types.
+#[async_trait]
+pub trait Transport: Debug + Send + Sync + 'static {
+    /// What this broker can promise beyond the contract. Constant.
+    fn capabilities(&self) -> Capabilities;
+
+    /// Sends a request to whoever serves a service, or a reply to an inbox.
+    ///
+    /// **Resolves when** the broker has accepted it. While disconnected or blocked it waits for the connection.
+    /// **Concurrency**: any number at once; what is pending is moved in batches, never waiting for a batch to fill.
+    /// **Cancel safety**: dropping the future does not unsend, and leaks nothing. A request is withdrawn by its
+    /// [`Ticket`], which the transport commits right before the first byte may leave.
+    /// **After close**: `Closed`.
+    /// **Errors**: `NoResponder` if it was asked for and nobody serves; `ConnectionLost` if it was written and not
+    /// accepted; `Overloaded` if the broker has no room. Executed is `No` only if that is certain.
+    /// *Checked by* `round_trip/*`, `no_responder/*`, `reconnect/blocked_requests_are_not_sent_late`.
+    async fn send(&self, message: Outbound) -> Result<(), Error>;
+
+    /// Opens a private reply address.
+    ///
+    /// **Resolves when** it is live: a reply sent to its address from now on arrives.
+    /// **After close**: `Closed`. **Dropping** the inbox removes it from the broker.
+    /// *Checked by* `correlation/*`, `leaks/*`.
+    async fn open_inbox(&self) -> Result<Box<dyn Inbox>, Error>;
+
+    /// Subscribes to a service's requests.
+    ///
+    /// **Resolves when** it is live: a request sent from now on may be delivered to it.
+    /// **Errors**: `AlreadyOwned` within 1 s, if it or the present owner asks for exclusivity; `Broker` if the service's
+    /// queue is of another kind than this transport can use; `Closed` after close.
+    /// *Checked by* `competing/*`, `exclusive/*`.
+    async fn subscribe(&self, service: &ServiceName, options: SubscribeOptions) -> Result<Box<dyn Subscription>, Error>;
+
+    /// The connection's state, now and as it changes.
+    fn state(&self) -> watch::Receiver<ConnectionState>;
+
+    /// Closes the connection: pending sends end with `Closed`, inboxes and subscriptions end, deliveries that are
+    /// not settled go back. Settle first: a reply after this is not sent.
+    ///
+    /// **Resolves when** the broker knows, or after 5 s. **Idempotent.** *Checked by* `close/*`.
+    async fn close(&self);
+}
+
+/// What a broker can promise beyond the contract. Each is defined by the case that it enables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Capabilities {
+    /// A server that lost its lease cannot reply. Enables `redelivery/lost_lease_cannot_reply`.
+    pub fenced_replies: bool,
+}
+
+impl Capabilities {
+    /// Nothing beyond the contract.
+    #[must_use]
+    pub const fn none() -> Self {
+        Self { fenced_replies: false }
+    }
+
+    /// The same, with fenced replies.
+    #[must_use]
+    pub const fn with_fenced_replies(mut self) -> Self {
+        self.fenced_replies = true;
+        self
+    }
+}
+
+/// A message on its way out.
+#[derive(Debug)]
+pub enum Outbound {
+    /// To whoever serves the service.
+    Request {
+        /// The service.
+        service: ServiceName,
+        /// The request.
+        request: Request,
+        /// End with `NoResponder` if nobody serves it now, instead of waiting in the queue.
+        expect_responder: bool,
+        /// To be committed right before the first byte may leave; if that fails, the request is not sent.
+        ticket: Ticket,
+    },
+    /// To one inbox.
+    Reply {
+        /// The inbox.
+        to: ReplyAddress,
+        /// The reply.
+        reply: Reply,
+    },
+}
+
+/// The state of a connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ConnectionState {
+    /// All is well.
+    Connected,
+    /// The connection is lost and being made again.
+    Disconnected {
+        /// Why.
+        reason: Arc<str>,
+    },
+    /// The broker takes no requests for now, such as in a memory alarm.
+    Blocked {
+        /// Why.
+        reason: Arc<str>,
+    },
+    /// Closed by its user; it stays so.
+    Closed,
+}
+
+/// A private reply address and what arrives there. It belongs to one client.
+#[async_trait]
+pub trait Inbox: Debug + Send {
+    /// The present address. It changes only with an [`InboxEvent::Lost`].
+    fn address(&self) -> ReplyAddress;
+
+    /// Waits for the next event, and takes all replies that are there, up to a bound of the transport's.
+    ///
+    /// **Cancel safety**: a reply is not lost by dropping the future.
+    /// **After close**: [`InboxEvent::Closed`], for ever.
+    /// *Checked by* `correlation/*`, `payload/*`, `reconnect/*`.
+    async fn recv(&mut self) -> InboxEvent;
+}
+
+/// What happened at an inbox.
+#[derive(Debug)]
+pub enum InboxEvent {
+    /// Replies, in the order of arrival.
+    Replies(Vec<Incoming>),
+    /// Replies to requests that were sent before now may never come. The inbox is live again, at the address that
+    /// [`Inbox::address`] now gives. An inbox that was restored with all that arrived meanwhile says nothing.
+    Lost(Error),
+    /// It is over.
+    Closed(Error),
+}
+
+/// A reply, or what was left of one.
+#[derive(Debug)]
+pub enum Incoming {
+    /// A reply.
+    Reply(Reply),
+    /// Something that is not a reply.
+    Undecodable {
+        /// The id, if that much could be read.
+        id: Option<CorrelationId>,
+        /// What is wrong with it.
+        reason: String,
+    },
+}
+
+/// How to subscribe.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct SubscribeOptions {
+    /// The most deliveries that this subscription holds at once. At least 1.
+    pub prefetch: usize,
+    /// Who else may subscribe.
+    pub mode: SubscribeMode,
+}
+
+impl SubscribeOptions {
+    /// A shared subscription.
+    #[must_use]
+    pub fn shared(prefetch: usize) -> Self {
+        Self { prefetch: prefetch.max(1), mode: SubscribeMode::Shared }
+    }
+
+    /// An exclusive subscription.
+    #[must_use]
+    pub fn exclusive(prefetch: usize) -> Self {
+        Self { prefetch: prefetch.max(1), mode: SubscribeMode::Exclusive }
+    }
+}
+
+/// Who else may subscribe.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum SubscribeMode {
+    /// Anybody who shares too: each request goes to one of them.
+    Shared,
+    /// Nobody: while this subscription lives, every other one is refused with `AlreadyOwned`.
+    Exclusive,
+}
+
+/// A stream of deliveries.
+///
+/// **Dropping** it abandons it: deliveries in hand stay settleable, those not yet received go back.
+#[async_trait]
+pub trait Subscription: Debug + Send {
+    /// Waits for the next deliveries, and takes all that are there; never more than `prefetch` are unsettled.
+    ///
+    /// A message that cannot be decoded is dead-lettered by the transport, with a fault reply if its reply address is
+    /// a valid one, and costs its neighbours nothing.
+    /// **Cancel safety**: a delivery is not lost by dropping the future.
+    /// **Ends** with [`SubscriptionEvent::Closed`], for ever, after [`stop`](Self::stop), after close, and when an
+    /// exclusive subscription lost its ownership.
+    /// *Checked by* `competing/*`, `redelivery/*`, `close/*`.
+    async fn recv(&mut self) -> SubscriptionEvent;
+
+    /// Stops taking, and gives back what was taken and not yet received, without counting an attempt.
+    ///
+    /// **Resolves when** nothing more is taken for it. Deliveries in hand stay settleable.
+    async fn stop(&mut self);
+}
+
+/// What happened at a subscription.
+#[derive(Debug)]
+pub enum SubscriptionEvent {
+    /// Requests, in the order of arrival.
+    Deliveries(Vec<Delivery>),
+    /// It is over: stopped, closed, or no longer the owner.
+    Closed(Error),
+}
+
+/// One request in one server's hands. It is settled once, by value; dropped unsettled, it is delivered again with
+/// its attempt counted.
+#[derive(Debug)]
+pub struct Delivery {
+    /// The request.
+    pub request: Request,
+    /// Which attempt this is: 1, and one more for each server that died with it.
+    pub attempt: u32,
+    /// When its caller stops waiting, by this host's monotonic clock: what was left of the budget when it was taken,
+    /// as the broker judges it. Never early. None from a plain peer that set no deadline.
+    pub expires: Option<Instant>,
+    /// Cancelled when the lease under which it is held is lost.
+    pub lease: CancellationToken,
+    settlement: Box<dyn Settlement>,
+}
+
+impl Delivery {
+    /// Puts a delivery together; for transports.
+    #[must_use]
+    pub fn new(
+        request: Request,
+        attempt: u32,
+        expires: Option<Instant>,
+        lease: CancellationToken,
+        settlement: Box<dyn Settlement>,
+    ) -> Self {
+        Self { request, attempt, expires, lease, settlement }
+    }
+
+    /// Sends the reply, then settles the request: one operation, in this order, so that a crash between the two
+    /// yields a duplicate reply and never a lost one. `None` settles a one-way request.
+    ///
+    /// **Resolves when** the broker has accepted both.
+    /// **Errors**: `LostLease` if another server may have the request; `ConnectionLost` if it was cut before the broker's
+    /// word, after which the request is delivered again; `Closed` after close.
+    /// A reply that cannot be delivered (its caller is gone) is not an error.
+    /// *Checked by* `round_trip/*`, `redelivery/*`.
+    ///
+    /// # Errors
+    /// As above.
+    pub async fn reply(self, reply: Option<Reply>) -> Result<(), Error> {
+        self.settlement.settle(Settle::Reply(reply)).await
+    }
+
+    /// Moves the request to the service's dead letters, telling the caller, for good.
+    ///
+    /// *Checked by* `redelivery/poison_is_dead_lettered`.
+    ///
+    /// # Errors
+    /// As of [`reply`](Self::reply).
+    pub async fn dead_letter(self, reason: String, reply: Option<Reply>) -> Result<(), Error> {
+        self.settlement.settle(Settle::DeadLetter { reason, reply }).await
+    }
+
+    /// Gives the request back, never having started it: it is delivered again, and the attempt is not counted.
+    ///
+    /// *Checked by* `redelivery/released_is_not_counted`.
+    ///
+    /// # Errors
+    /// As of [`reply`](Self::reply).
+    pub async fn release(self) -> Result<(), Error> {
+        self.settlement.settle(Settle::Release).await
+    }
+}
+
+/// The transport's half of a [`Delivery`].
+///
+/// **Dropping** it unsettled returns the request to the service with its attempt counted, as if the server had died.
+#[async_trait]
+pub trait Settlement: Debug + Send + Sync {
+    /// Settles the delivery; see the methods of [`Delivery`].
+    ///
+    /// **Cancel safety**: once polled, it happens.
+    async fn settle(self: Box<Self>, settle: Settle) -> Result<(), Error>;
+}
+
+/// How a delivery ends.
+#[derive(Debug)]
+pub enum Settle {
+    /// Reply if there is one, then done.
+    Reply(Option<Reply>),
+    /// To the dead letters, and reply.
+    DeadLetter {
+        /// Why, for the operator.
+        reason: String,
+        /// For the caller.
+        reply: Option<Reply>,
+    },
+    /// Back to the queue, not counted.
+    Release,
+}

@@ -44,7 +44,11 @@ impl CorrelationId {
         if name::is_short_text(text) {
             Ok(Self(Id::Foreign(text.into())))
         } else {
-            Err(name::invalid("correlation id", text, "1 to 255 bytes of printable ASCII"))
+            Err(name::invalid(
+                "correlation id",
+                text,
+                "1 to 255 bytes of printable ASCII",
+            ))
         }
     }
 
@@ -56,6 +60,7 @@ impl CorrelationId {
         }
     }
 
+    #[cfg(test)]
     pub(crate) fn from_u128(id: u128) -> Self {
         Self(Id::Uuid(Uuid::from_u128(id)))
     }
@@ -98,7 +103,10 @@ impl Deadline {
     #[must_use]
     pub fn after(budget: Duration) -> Self {
         let now = SystemTime::now();
-        Self { at: now.checked_add(budget).unwrap_or(now), budget }
+        Self {
+            at: now.checked_add(budget).unwrap_or(now),
+            budget,
+        }
     }
 }
 
@@ -128,15 +136,30 @@ impl Headers {
     /// [`ErrorKind::Invalid`] for a name that is not allowed, a value with a control character, or too many headers.
     pub fn insert(&mut self, name: &str, value: &str) -> Result<(), Error> {
         if !is_header_name(name) {
-            return Err(name::invalid("header name", name, "[a-z0-9._-]{1,64} outside antiphon-*, x-*, cc and bcc"));
+            return Err(name::invalid(
+                "header name",
+                name,
+                "[a-z0-9._-]{1,64} outside antiphon-*, x-*, cc and bcc",
+            ));
         }
         if value.chars().any(char::is_control) {
-            return Err(name::invalid("header value", value, "text without control characters"));
+            return Err(name::invalid(
+                "header value",
+                value,
+                "text without control characters",
+            ));
         }
         self.0.retain(|(other, _)| &**other != name);
-        let bytes: usize = self.0.iter().map(|(name, value)| name.len() + value.len()).sum();
+        let bytes: usize = self
+            .0
+            .iter()
+            .map(|(name, value)| name.len() + value.len())
+            .sum();
         if self.0.len() == HEADERS_MAX || bytes + name.len() + value.len() > HEADERS_BYTES_MAX {
-            return Err(Error::not_executed(ErrorKind::Invalid, "more than 64 headers or 8 KiB of them"));
+            return Err(Error::not_executed(
+                ErrorKind::Invalid,
+                "more than 64 headers or 8 KiB of them",
+            ));
         }
         self.0.push((name.into(), value.into()));
         Ok(())
@@ -145,7 +168,10 @@ impl Headers {
     /// The value of a header.
     #[must_use]
     pub fn find(&self, name: &str) -> Option<&str> {
-        self.0.iter().find(|(other, _)| &**other == name).map(|(_, value)| &**value)
+        self.0
+            .iter()
+            .find(|(other, _)| &**other == name)
+            .map(|(_, value)| &**value)
     }
 
     /// All headers.
@@ -162,7 +188,9 @@ impl Headers {
 
 fn is_header_name(name: &str) -> bool {
     (1..=64).contains(&name.len())
-        && name.bytes().all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'_' | b'-'))
+        && name
+            .bytes()
+            .all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'_' | b'-'))
         && !name.starts_with("antiphon-")
         && !name.starts_with("x-")
         && name != "cc"
@@ -238,14 +266,26 @@ impl Reply {
     /// The answer to the request `id`.
     #[must_use]
     pub fn value(id: CorrelationId, body: impl Into<Bytes>) -> Self {
-        Self { id, outcome: Outcome::Value, headers: Headers::new(), content_type: None, body: body.into() }
+        Self {
+            id,
+            outcome: Outcome::Value,
+            headers: Headers::new(),
+            content_type: None,
+            body: body.into(),
+        }
     }
 
     /// The failure of the request `id`.
     #[must_use]
     pub fn fault(id: CorrelationId, fault: Fault, executed: Executed) -> Self {
         let outcome = Outcome::Fault { fault, executed };
-        Self { id, outcome, headers: Headers::new(), content_type: None, body: Bytes::new() }
+        Self {
+            id,
+            outcome,
+            headers: Headers::new(),
+            content_type: None,
+            body: Bytes::new(),
+        }
     }
 }
 
@@ -256,7 +296,12 @@ mod tests {
     #[test]
     fn a_foreign_id_is_echoed_unchanged() {
         let upper = "F47AC10B-58CC-4372-A567-0E02B2C3D479";
-        for text in ["1", upper, "urn:uuid:f47ac10b-58cc-4372-a567-0e02b2c3d479", &"x".repeat(255)] {
+        for text in [
+            "1",
+            upper,
+            "urn:uuid:f47ac10b-58cc-4372-a567-0e02b2c3d479",
+            &"x".repeat(255),
+        ] {
             let id = CorrelationId::parse(text).unwrap();
             assert_eq!(id.to_string(), text);
             assert_eq!(id.as_u128(), None);
@@ -272,8 +317,21 @@ mod tests {
     #[test]
     fn reserved_and_malformed_headers_are_refused() {
         let mut headers = Headers::new();
-        for bad in ["", "Upper", "a b", "antiphon-version", "x-match", "cc", "bcc", &"n".repeat(65)] {
-            assert_eq!(headers.insert(bad, "v").unwrap_err().kind(), ErrorKind::Invalid, "{bad:?}");
+        for bad in [
+            "",
+            "Upper",
+            "a b",
+            "antiphon-version",
+            "x-match",
+            "cc",
+            "bcc",
+            &"n".repeat(65),
+        ] {
+            assert_eq!(
+                headers.insert(bad, "v").unwrap_err().kind(),
+                ErrorKind::Invalid,
+                "{bad:?}"
+            );
         }
         assert!(headers.insert("ok", "a\nb").is_err());
         headers.insert("trace.id", "1").unwrap();

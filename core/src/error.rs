@@ -120,12 +120,13 @@ impl fmt::Display for ErrorKind {
 #[derive(Clone)]
 pub struct Error(Arc<Inner>);
 
+#[derive(Clone)]
 struct Inner {
     kind: ErrorKind,
     executed: Executed,
     message: String,
     fault: Option<Fault>,
-    source: Option<Box<dyn std::error::Error + Send + Sync>>,
+    source: Option<Arc<dyn std::error::Error + Send + Sync>>,
 }
 
 impl Error {
@@ -144,7 +145,13 @@ impl Error {
     /// An error.
     #[must_use]
     pub fn new(kind: ErrorKind, executed: Executed, message: impl Into<String>) -> Self {
-        Self(Arc::new(Inner { kind, executed, message: message.into(), fault: None, source: None }))
+        Self(Arc::new(Inner {
+            kind,
+            executed,
+            message: message.into(),
+            fault: None,
+            source: None,
+        }))
     }
 
     /// The error that a fault in a reply becomes: [`ErrorKind::Fault`] if a handler raised it, else
@@ -156,18 +163,26 @@ impl Error {
             Executed::No | Executed::Maybe => ErrorKind::Rejected,
         };
         let message = fault.message().to_owned();
-        Self(Arc::new(Inner { kind, executed, message, fault: Some(fault), source: None }))
+        Self(Arc::new(Inner {
+            kind,
+            executed,
+            message,
+            fault: Some(fault),
+            source: None,
+        }))
     }
 
     /// The same error with the one that caused it.
-    ///
-    /// # Panics
-    /// Never; on an error that was cloned before, the source is left out.
     #[must_use]
-    pub fn with_source(mut self, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
-        if let Some(inner) = Arc::get_mut(&mut self.0) {
-            inner.source = Some(source.into());
-        }
+    pub fn with_source(mut self, source: impl std::error::Error + Send + Sync + 'static) -> Self {
+        Arc::make_mut(&mut self.0).source = Some(Arc::new(source));
+        self
+    }
+
+    /// The same error, knowing better whether the handler was executed.
+    #[must_use]
+    pub fn with_executed(mut self, executed: Executed) -> Self {
+        Arc::make_mut(&mut self.0).executed = executed;
         self
     }
 
@@ -207,9 +222,10 @@ impl Error {
     pub fn is_retryable(&self) -> bool {
         match self.kind() {
             ErrorKind::Fault | ErrorKind::Rejected => self.fault().is_some_and(Fault::is_retryable),
-            ErrorKind::Connect | ErrorKind::ConnectionLost | ErrorKind::NoResponder | ErrorKind::Overloaded => {
-                self.executed() == Executed::No
-            }
+            ErrorKind::Connect
+            | ErrorKind::ConnectionLost
+            | ErrorKind::NoResponder
+            | ErrorKind::Overloaded => self.executed() == Executed::No,
             _ => false,
         }
     }

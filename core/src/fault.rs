@@ -98,10 +98,18 @@ impl Fault {
     pub fn new(code: Code, message: impl Into<String>) -> Self {
         let mut message = message.into();
         if message.len() > MESSAGE_MAX {
-            let end = (0..=MESSAGE_MAX).rev().find(|&end| message.is_char_boundary(end)).unwrap_or(0);
+            let end = (0..=MESSAGE_MAX)
+                .rev()
+                .find(|&end| message.is_char_boundary(end))
+                .unwrap_or(0);
             message.truncate(end);
         }
-        Self { code, message, details: None, retryable: false }
+        Self {
+            code,
+            message,
+            details: None,
+            retryable: false,
+        }
     }
 
     /// The same fault with data for programs.
@@ -149,7 +157,9 @@ impl Fault {
         struct Body<'a> {
             error: &'a Fault,
         }
-        serde_json::to_vec(&Body { error: self }).unwrap_or_default().into()
+        serde_json::to_vec(&Body { error: self })
+            .unwrap_or_default()
+            .into()
     }
 
     /// The reverse of [`to_body`](Self::to_body).
@@ -159,7 +169,9 @@ impl Fault {
         struct Body {
             error: Fault,
         }
-        serde_json::from_slice::<Body>(body).ok().map(|body| body.error)
+        serde_json::from_slice::<Body>(body)
+            .ok()
+            .map(|body| body.error)
     }
 }
 
@@ -171,7 +183,10 @@ impl fmt::Display for Fault {
 
 impl std::error::Error for Fault {}
 
-#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+#[allow(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde passes a reference"
+)]
 fn is_false(value: &bool) -> bool {
     !value
 }
@@ -183,7 +198,10 @@ mod tests {
     #[test]
     fn golden_body() {
         let fault = Fault::new(Code::OutOfRange, "n > 93");
-        assert_eq!(&fault.to_body()[..], br#"{"error":{"code":"out_of_range","message":"n > 93"}}"#);
+        assert_eq!(
+            &fault.to_body()[..],
+            br#"{"error":{"code":"out_of_range","message":"n > 93"}}"#
+        );
         assert_eq!(Fault::from_body(&fault.to_body()), Some(fault));
     }
 

@@ -33,7 +33,11 @@ impl ServiceName {
         if valid {
             Ok(Self { full: name.into() })
         } else {
-            Err(invalid("service name", name, "[A-Za-z0-9_.-]{1,64}, optionally @node"))
+            Err(invalid(
+                "service name",
+                name,
+                "[A-Za-z0-9_.-]{1,64}, optionally @node",
+            ))
         }
     }
 
@@ -46,7 +50,9 @@ impl ServiceName {
     /// The part before `@`.
     #[must_use]
     pub fn service(&self) -> &str {
-        self.full.split_once('@').map_or(&*self.full, |(service, _)| service)
+        self.full
+            .split_once('@')
+            .map_or(&*self.full, |(service, _)| service)
     }
 
     /// The part after `@`, for the queue of one node.
@@ -158,7 +164,11 @@ impl ReplyAddress {
         if is_short_text(address) {
             Ok(Self(address.into()))
         } else {
-            Err(invalid("reply address", address, "1 to 255 bytes of printable ASCII"))
+            Err(invalid(
+                "reply address",
+                address,
+                "1 to 255 bytes of printable ASCII",
+            ))
         }
     }
 
@@ -194,7 +204,11 @@ impl ContentType {
         if is_short_text(media_type) {
             Ok(Self(media_type.to_owned().into()))
         } else {
-            Err(invalid("content type", media_type, "1 to 255 bytes of printable ASCII"))
+            Err(invalid(
+                "content type",
+                media_type,
+                "1 to 255 bytes of printable ASCII",
+            ))
         }
     }
 
@@ -213,7 +227,9 @@ impl fmt::Debug for ContentType {
 
 fn is_name(name: &str) -> bool {
     (1..=NAME_MAX).contains(&name.len())
-        && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-'))
+        && name
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-'))
 }
 
 pub(crate) fn is_short_text(text: &str) -> bool {
@@ -222,7 +238,10 @@ pub(crate) fn is_short_text(text: &str) -> bool {
 
 pub(crate) fn invalid(what: &str, value: &str, grammar: &str) -> Error {
     let shown: String = value.chars().take(80).collect();
-    Error::not_executed(ErrorKind::Invalid, format!("{what} {shown:?} is not {grammar}"))
+    Error::not_executed(
+        ErrorKind::Invalid,
+        format!("{what} {shown:?} is not {grammar}"),
+    )
 }
 
 #[cfg(test)]
@@ -234,8 +253,24 @@ mod tests {
         for good in ["fib", "fib@node-7", "a.b_c-D9", &"x".repeat(64)] {
             assert_eq!(ServiceName::new(good).unwrap().as_str(), good);
         }
-        for bad in ["", "@", "fib@", "@node", "a@b@c", "a b", "{a}", "a*", "é", "a\0", &"x".repeat(65)] {
-            assert_eq!(ServiceName::new(bad).unwrap_err().kind(), ErrorKind::Invalid, "{bad:?}");
+        for bad in [
+            "",
+            "@",
+            "fib@",
+            "@node",
+            "a@b@c",
+            "a b",
+            "{a}",
+            "a*",
+            "é",
+            "a\0",
+            &"x".repeat(65),
+        ] {
+            assert_eq!(
+                ServiceName::new(bad).unwrap_err().kind(),
+                ErrorKind::Invalid,
+                "{bad:?}"
+            );
         }
         let node = ServiceName::new("fib@node-7").unwrap();
         assert_eq!((node.service(), node.node()), ("fib", Some("node-7")));

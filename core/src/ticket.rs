@@ -43,7 +43,10 @@ impl Ticket {
 
     /// The state after the attempt to move from waiting to `state`.
     fn decide(&self, state: u8) -> u8 {
-        match self.0.compare_exchange(WAITING, state, Ordering::AcqRel, Ordering::Acquire) {
+        match self
+            .0
+            .compare_exchange(WAITING, state, Ordering::AcqRel, Ordering::Acquire)
+        {
             Ok(_) => state,
             Err(decided) => decided,
         }

@@ -55,7 +55,11 @@ pub trait Transport: Debug + Send + Sync + 'static {
     /// **Errors**: `AlreadyOwned` within 1 s, if it or the present owner asks for exclusivity; `Broker` if the service's
     /// queue is of another kind than this transport can use; `Closed` after close.
     /// *Checked by* `competing/*`, `exclusive/*`.
-    async fn subscribe(&self, service: &ServiceName, options: SubscribeOptions) -> Result<Box<dyn Subscription>, Error>;
+    async fn subscribe(
+        &self,
+        service: &ServiceName,
+        options: SubscribeOptions,
+    ) -> Result<Box<dyn Subscription>, Error>;
 
     /// The connection's state, now and as it changes.
     fn state(&self) -> watch::Receiver<ConnectionState>;
@@ -79,7 +83,9 @@ impl Capabilities {
     /// Nothing beyond the contract.
     #[must_use]
     pub const fn none() -> Self {
-        Self { fenced_replies: false }
+        Self {
+            fenced_replies: false,
+        }
     }
 
     /// The same, with fenced replies.
@@ -187,13 +193,19 @@ impl SubscribeOptions {
     /// A shared subscription.
     #[must_use]
     pub fn shared(prefetch: usize) -> Self {
-        Self { prefetch: prefetch.max(1), mode: SubscribeMode::Shared }
+        Self {
+            prefetch: prefetch.max(1),
+            mode: SubscribeMode::Shared,
+        }
     }
 
     /// An exclusive subscription.
     #[must_use]
     pub fn exclusive(prefetch: usize) -> Self {
-        Self { prefetch: prefetch.max(1), mode: SubscribeMode::Exclusive }
+        Self {
+            prefetch: prefetch.max(1),
+            mode: SubscribeMode::Exclusive,
+        }
     }
 }
 
@@ -263,7 +275,13 @@ impl Delivery {
         lease: CancellationToken,
         settlement: Box<dyn Settlement>,
     ) -> Self {
-        Self { request, attempt, expires, lease, settlement }
+        Self {
+            request,
+            attempt,
+            expires,
+            lease,
+            settlement,
+        }
     }
 
     /// Sends the reply, then settles the request: one operation, in this order, so that a crash between the two
@@ -288,7 +306,9 @@ impl Delivery {
     /// # Errors
     /// As of [`reply`](Self::reply).
     pub async fn dead_letter(self, reason: String, reply: Option<Reply>) -> Result<(), Error> {
-        self.settlement.settle(Settle::DeadLetter { reason, reply }).await
+        self.settlement
+            .settle(Settle::DeadLetter { reason, reply })
+            .await
     }
 
     /// Gives the request back, never having started it: it is delivered again, and the attempt is not counted.

@@ -1,0 +1,379 @@
+//! One call, from its builder to its one outcome.
+
+use std::future::{Future, IntoFuture};
+use std::pin::{Pin, pin};
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::time::{Instant, sleep_until, timeout_at};
+
+use crate::client::{Client, ClientSource};
+use crate::config;
+use crate::envelope::{CorrelationId, Deadline, Headers, Outcome, Reply, Request};
+use crate::error::{Error, ErrorKind, Executed};
+use crate::name::{ContentType, Method, ServiceName};
+use crate::pending::{Ended, Slot};
+use crate::ticket::Ticket;
+use crate::transport::Outbound;
+
+/// A call that is sent when it is first polled, and ends once: with its reply, or with one [`Error`].
+///
+/// Its clock starts at the first poll. Dropping it, or its future, leaves nothing behind: a request that was not sent
+/// will not be, and a reply that comes later is discarded and counted.
+#[must_use = "a call is sent when it is awaited"]
+#[derive(Debug)]
+pub struct Call<Out> {
+    source: ClientSource,
+    id: CorrelationId,
+    /// What is wrong with what the user gave is told when the call is awaited, before any I/O.
+    service: Result<ServiceName, Error>,
+    body: Result<Bytes, Error>,
+    options: Result<Options, Error>,
+    finish: Finish<Out>,
+}
+
+/// A one-way request. It ends when the broker has accepted it.
+pub type Notify = Call<()>;
+
+/// The future of a [`Call`].
+pub type CallFuture<Out> = Pin<Box<dyn Future<Output = Result<Out, Error>> + Send>>;
+
+#[derive(Debug, Default)]
+struct Options {
+    timeout: Option<Duration>,
+    /// What is left of a caller's own deadline, for a call from within a handler.
+    inherited: Option<Instant>,
+    method: Option<Method>,
+    headers: Headers,
+    content_type: Option<ContentType>,
+    expect_responder: bool,
+}
+
+/// What ends it well.
+#[derive(Debug)]
+enum Finish<Out> {
+    Reply(fn(Reply) -> Result<Out, Error>),
+    Accepted(Out),
+}
+
+impl<Out> Call<Out> {
+    /// How long to wait, from the first poll on. Default: the client's, 30 s.
+    pub fn timeout(self, timeout: Duration) -> Self {
+        self.with(|options| {
+            config::check_timeout(timeout)?;
+            options.timeout = Some(timeout);
+            Ok(())
+        })
+    }
+
+    /// Sets a header; see [`Headers`] for what is allowed.
+    pub fn header(self, name: &str, value: &str) -> Self {
+        self.with(|options| options.headers.insert(name, value))
+    }
+
+    /// The method to call within the service.
+    pub fn method(self, name: &str) -> Self {
+        self.with(|options| {
+            options.method = Some(Method::new(name)?);
+            Ok(())
+        })
+    }
+
+    /// What the body is. Default: `application/json` for typed calls, none for raw ones.
+    pub fn content_type(self, media_type: &str) -> Self {
+        self.with(|options| {
+            options.content_type = Some(ContentType::new(media_type)?);
+            Ok(())
+        })
+    }
+
+    /// Ends at once as [`ErrorKind::NoResponder`], executed `No`, if nobody serves the service, instead of waiting for a
+    /// server until the deadline.
+    pub fn expect_responder(self) -> Self {
+        self.with(|options| {
+            options.expect_responder = true;
+            Ok(())
+        })
+    }
+
+    /// The id that ties the reply to this call.
+    #[must_use]
+    pub fn correlation_id(&self) -> &CorrelationId {
+        &self.id
+    }
+
+    pub(crate) fn inherit(self, deadline: Instant) -> Self {
+        self.with(|options| {
+            options.inherited = Some(deadline);
+            Ok(())
+        })
+    }
+
+    fn new(
+        source: ClientSource,
+        service: Result<ServiceName, Error>,
+        body: Result<Bytes, Error>,
+        content_type: Option<ContentType>,
+        finish: Finish<Out>,
+    ) -> Self {
+        let options = Ok(Options {
+            content_type,
+            ..Options::default()
+        });
+        Self {
+            source,
+            id: CorrelationId::random(),
+            service,
+            body,
+            options,
+            finish,
+        }
+    }
+
+    fn with(mut self, set: impl FnOnce(&mut Options) -> Result<(), Error>) -> Self {
+        if let Ok(options) = &mut self.options
+            && let Err(error) = set(options)
+        {
+            self.options = Err(error);
+        }
+        self
+    }
+
+    async fn run(self) -> Result<Out, Error> {
+        let started = Instant::now();
+        let (service, body, options) = (self.service?, self.body?, self.options?);
+        let deadline = match (options.timeout, options.inherited) {
+            (Some(timeout), Some(inherited)) => inherited.min(started + timeout),
+            (None, Some(inherited)) => inherited,
+            (Some(timeout), None) => started + timeout,
+            (None, None) => match &self.source {
+                ClientSource::Open(client) => started + client.config().timeout,
+                ClientSource::Lazy(_) => started + config::ClientConfig::default().timeout,
+            },
+        };
+        let Ok(client) = timeout_at(deadline, self.source.client()).await else {
+            return Err(deadline_exceeded(started, Executed::No));
+        };
+        let client = client?;
+        config::check_body(&body, client.config().max_body)?;
+        let exchange = Exchange {
+            client,
+            id: self.id,
+            service,
+            body,
+            options,
+            started,
+            deadline,
+        };
+        match self.finish {
+            Finish::Reply(read) => read(exchange.call().await?),
+            Finish::Accepted(done) => exchange.notify().await.map(|()| done),
+        }
+    }
+}
+
+impl<Out: Send + 'static> IntoFuture for Call<Out> {
+    type Output = Result<Out, Error>;
+    type IntoFuture = CallFuture<Out>;
+
+    fn into_future(self) -> CallFuture<Out> {
+        Box::pin(self.run())
+    }
+}
+
+impl Call<Reply> {
+    pub(crate) fn raw(
+        source: ClientSource,
+        service: Result<ServiceName, Error>,
+        body: Bytes,
+    ) -> Self {
+        Self::new(source, service, Ok(body), None, Finish::Reply(Ok))
+    }
+}
+
+impl Notify {
+    pub(crate) fn one_way_raw(
+        source: ClientSource,
+        service: Result<ServiceName, Error>,
+        body: Bytes,
+    ) -> Self {
+        Self::new(source, service, Ok(body), None, Finish::Accepted(()))
+    }
+
+    #[cfg(feature = "json")]
+    pub(crate) fn one_way_json(
+        source: ClientSource,
+        service: Result<ServiceName, Error>,
+        input: &(impl serde::Serialize + ?Sized),
+    ) -> Self {
+        Self::new(
+            source,
+            service,
+            crate::codec::encode(input),
+            Some(ContentType::JSON),
+            Finish::Accepted(()),
+        )
+    }
+}
+
+#[cfg(feature = "json")]
+impl<Out: serde::de::DeserializeOwned> Call<Out> {
+    pub(crate) fn json(
+        source: ClientSource,
+        service: Result<ServiceName, Error>,
+        input: &(impl serde::Serialize + ?Sized),
+    ) -> Self {
+        let read = |reply: Reply| {
+            crate::codec::decode(&reply.body).map_err(|error| {
+                crate::client::bad_reply(&format!("the reply is not of the expected type: {error}"))
+                    .with_source(error)
+            })
+        };
+        Self::new(
+            source,
+            service,
+            crate::codec::encode(input),
+            Some(ContentType::JSON),
+            Finish::Reply(read),
+        )
+    }
+}
+
+/// A valid call on its way.
+struct Exchange<'a> {
+    client: &'a Client,
+    id: CorrelationId,
+    service: ServiceName,
+    body: Bytes,
+    options: Options,
+    started: Instant,
+    deadline: Instant,
+}
+
+/// How one try to get a reply ended.
+enum Try {
+    Ended(Ended),
+    SendFailed(Error),
+    TimedOut,
+}
+
+impl Exchange<'_> {
+    async fn call(self) -> Result<Reply, Error> {
+        let Some(id) = self.id.as_u128() else {
+            return Err(Error::not_executed(
+                ErrorKind::Invalid,
+                "a correlation id of ours is a UUID",
+            ));
+        };
+        loop {
+            if self.deadline <= Instant::now() {
+                return Err(deadline_exceeded(self.started, Executed::No));
+            }
+            // Entered before it is sent: a reply may be there before `send` resolves.
+            let (mut slot, address) = self.client.pending().enter(id)?;
+            let ticket = WithdrawOnDrop(Ticket::new());
+            let mut request = self.request();
+            request.reply_to = Some(address);
+            let tried = self.attempt(request, &ticket.0, &mut slot).await;
+            return match tried {
+                Try::Ended(Ended::Reply(reply)) => match reply.outcome {
+                    Outcome::Value => Ok(reply),
+                    Outcome::Fault { fault, executed } => Err(Error::from_fault(fault, executed)),
+                },
+                Try::Ended(Ended::Bad(error)) | Try::SendFailed(error) => Err(error),
+                Try::TimedOut => Err(deadline_exceeded(self.started, ticket.executed())),
+                Try::Ended(Ended::Closed(error)) => Err(error.with_executed(ticket.executed())),
+                // The inbox was lost before this request went out: nobody has seen it, so it goes out
+                // with the new address.
+                Try::Ended(Ended::InboxLost(_)) if ticket.0.withdraw() => continue,
+                Try::Ended(Ended::InboxLost(error)) => Err(error.with_executed(Executed::Maybe)),
+            };
+        }
+    }
+
+    async fn attempt(&self, request: Request, ticket: &Ticket, slot: &mut Slot) -> Try {
+        let mut send = self.client.transport().send(self.outbound(request, ticket));
+        let mut expired = pin!(sleep_until(self.deadline));
+        let mut accepted = false;
+        loop {
+            tokio::select! {
+                biased;
+                // A reply proves that the request was accepted: nothing more is waited for.
+                ended = &mut slot.receiver => return match ended {
+                    Ok(ended) => Try::Ended(ended),
+                    Err(_) => Try::Ended(Ended::Closed(Error::maybe_executed(ErrorKind::Closed, "the client is gone"))),
+                },
+                sent = &mut send, if !accepted => match sent {
+                    Ok(()) => accepted = true,
+                    Err(error) => return Try::SendFailed(error),
+                },
+                () = &mut expired => return Try::TimedOut,
+            }
+        }
+    }
+
+    async fn notify(self) -> Result<(), Error> {
+        let ticket = WithdrawOnDrop(Ticket::new());
+        let send = self
+            .client
+            .transport()
+            .send(self.outbound(self.request(), &ticket.0));
+        match timeout_at(self.deadline, send).await {
+            Ok(sent) => sent,
+            Err(_) => Err(deadline_exceeded(self.started, ticket.executed())),
+        }
+    }
+
+    fn outbound(&self, request: Request, ticket: &Ticket) -> Outbound {
+        Outbound::Request {
+            service: self.service.clone(),
+            request,
+            expect_responder: self.options.expect_responder,
+            ticket: ticket.clone(),
+        }
+    }
+
+    fn request(&self) -> Request {
+        Request {
+            id: self.id.clone(),
+            reply_to: None,
+            deadline: Some(Deadline::after(
+                self.deadline.saturating_duration_since(Instant::now()),
+            )),
+            method: self.options.method.clone(),
+            headers: self.options.headers.clone(),
+            content_type: self.options.content_type.clone(),
+            body: self.body.clone(),
+        }
+    }
+}
+
+/// Withdraws a request that was not sent when its call ends, however it ends.
+struct WithdrawOnDrop(Ticket);
+
+impl WithdrawOnDrop {
+    /// What is known of a request that gets no reply.
+    fn executed(&self) -> Executed {
+        if self.0.withdraw() {
+            Executed::No
+        } else {
+            Executed::Maybe
+        }
+    }
+}
+
+impl Drop for WithdrawOnDrop {
+    fn drop(&mut self) {
+        // If it was sent, there is nothing to withdraw, and the answer says just that.
+        let _ = self.0.withdraw();
+    }
+}
+
+fn deadline_exceeded(started: Instant, executed: Executed) -> Error {
+    let waited = started.elapsed();
+    let message = match executed {
+        Executed::No => format!("the request was not sent within {waited:.1?}"),
+        Executed::Maybe | Executed::Yes => format!("no reply within {waited:.1?}"),
+    };
+    Error::new(ErrorKind::DeadlineExceeded, executed, message)
+}

@@ -1,0 +1,269 @@
+//! The client: one inbox, any number of calls at once.
+
+use std::fmt;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use tokio::sync::OnceCell;
+use tokio::task::AbortHandle;
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use crate::call::{Call, Notify};
+use crate::config::{self, ClientConfig};
+use crate::envelope::Reply;
+use crate::error::{Error, ErrorKind, Executed};
+use crate::name::{ReplyAddress, ServiceName};
+use crate::pending::{ClientStats, Ended, Pending};
+use crate::transport::{Inbox, InboxEvent, Incoming, Transport};
+
+/// Calls services. Cloning is cheap; all clones share one inbox, which is removed with the last of them.
+#[derive(Clone)]
+pub struct Client {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    transport: Arc<dyn Transport>,
+    config: ClientConfig,
+    pending: Arc<Pending>,
+    dispatcher: AbortHandle,
+    /// Cancelled when the dispatcher is gone, and its inbox with it.
+    ended: CancellationToken,
+}
+
+impl Client {
+    /// Opens a client: when this resolves, its inbox is live.
+    ///
+    /// Its one task runs on the present Tokio runtime.
+    ///
+    /// # Errors
+    /// As of [`Transport::open_inbox`]; `Invalid` for a timeout above 30 days.
+    pub async fn open(transport: Arc<dyn Transport>, config: ClientConfig) -> Result<Self, Error> {
+        config::check_timeout(config.timeout)?;
+        let inbox = transport.open_inbox().await?;
+        let pending = Pending::new(inbox.address(), config.max_pending);
+        let ended = CancellationToken::new();
+        let dispatch = dispatch(
+            inbox,
+            Arc::clone(&pending),
+            config.max_body,
+            ended.clone().drop_guard(),
+        );
+        let dispatcher = tokio::spawn(dispatch).abort_handle();
+        Ok(Self {
+            inner: Arc::new(Inner {
+                transport,
+                config,
+                pending,
+                dispatcher,
+                ended,
+            }),
+        })
+    }
+
+    /// Calls a service with a JSON body and reads the reply as JSON.
+    ///
+    /// Nothing happens until the returned [`Call`] is awaited.
+    #[cfg(feature = "json")]
+    pub fn call<Out>(
+        &self,
+        service: impl IntoServiceName,
+        input: &(impl serde::Serialize + ?Sized),
+    ) -> Call<Out>
+    where
+        Out: serde::de::DeserializeOwned,
+    {
+        Call::json(
+            ClientSource::Open(self.clone()),
+            service.into_service_name(),
+            input,
+        )
+    }
+
+    /// Calls a service with a body of bytes and returns the whole reply.
+    ///
+    /// Nothing happens until the returned [`Call`] is awaited.
+    pub fn call_raw(&self, service: impl IntoServiceName, body: impl Into<Bytes>) -> Call<Reply> {
+        Call::raw(
+            ClientSource::Open(self.clone()),
+            service.into_service_name(),
+            body.into(),
+        )
+    }
+
+    /// Sends a request with a JSON body that nobody replies to. Awaiting it ends when the broker has accepted it.
+    #[cfg(feature = "json")]
+    pub fn notify(
+        &self,
+        service: impl IntoServiceName,
+        input: &(impl serde::Serialize + ?Sized),
+    ) -> Notify {
+        Notify::one_way_json(
+            ClientSource::Open(self.clone()),
+            service.into_service_name(),
+            input,
+        )
+    }
+
+    /// Sends a request with a body of bytes that nobody replies to. Awaiting it ends when the broker has accepted it.
+    pub fn notify_raw(&self, service: impl IntoServiceName, body: impl Into<Bytes>) -> Notify {
+        Notify::one_way_raw(
+            ClientSource::Open(self.clone()),
+            service.into_service_name(),
+            body.into(),
+        )
+    }
+
+    /// What this client has seen.
+    #[must_use]
+    pub fn stats(&self) -> ClientStats {
+        self.inner.pending.stats()
+    }
+
+    /// The present address of its inbox.
+    #[must_use]
+    pub fn inbox(&self) -> ReplyAddress {
+        self.inner.pending.address()
+    }
+
+    /// Ends all calls that wait with `Closed`, and removes the inbox. Idempotent. The transport stays open.
+    pub async fn close(&self) {
+        self.inner.pending.close(&closed());
+        self.inner.dispatcher.abort();
+        self.inner.ended.cancelled().await;
+    }
+
+    pub(crate) fn transport(&self) -> &dyn Transport {
+        &*self.inner.transport
+    }
+
+    pub(crate) fn config(&self) -> &ClientConfig {
+        &self.inner.config
+    }
+
+    pub(crate) fn pending(&self) -> &Arc<Pending> {
+        &self.inner.pending
+    }
+}
+
+impl fmt::Debug for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Client")
+            .field("inbox", &self.inbox())
+            .field("stats", &self.stats())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.dispatcher.abort();
+    }
+}
+
+/// Hands replies to calls until the inbox is over. It runs no code of the user's, so no caller can hold up another.
+async fn dispatch(inbox: Box<dyn Inbox>, pending: Arc<Pending>, max_body: usize, ended: DropGuard) {
+    // Declared after the guard's owner, so dropped before it: who waits for the end finds no inbox.
+    let (_ended, mut inbox) = (ended, inbox);
+    loop {
+        match inbox.recv().await {
+            InboxEvent::Replies(replies) => {
+                for incoming in replies {
+                    deliver(&pending, incoming, max_body);
+                }
+            }
+            InboxEvent::Lost(error) => {
+                tracing::warn!(%error, "the inbox was lost; what waited for a reply ends");
+                pending.inbox_lost(&error, inbox.address());
+            }
+            InboxEvent::Closed(error) => return pending.close(&error),
+        }
+    }
+}
+
+fn deliver(pending: &Pending, incoming: Incoming, max_body: usize) {
+    match incoming {
+        Incoming::Reply(reply) => match config::check_body(&reply.body, max_body) {
+            Ok(()) => pending.resolve(&reply.id.clone(), Ended::Reply(reply)),
+            Err(error) => pending.resolve(&reply.id, Ended::Bad(bad_reply(error.message()))),
+        },
+        Incoming::Undecodable {
+            id: Some(id),
+            reason,
+        } => pending.resolve(&id, Ended::Bad(bad_reply(&reason))),
+        Incoming::Undecodable { id: None, reason } => {
+            tracing::warn!(reason, "a reply that cannot be decoded was discarded");
+            pending.count_unknown();
+        }
+    }
+}
+
+pub(crate) fn bad_reply(reason: &str) -> Error {
+    Error::new(ErrorKind::BadReply, Executed::Yes, reason)
+}
+
+fn closed() -> Error {
+    Error::not_executed(ErrorKind::Closed, "the client was closed")
+}
+
+/// What may be given as a service: a [`ServiceName`], or text that is parsed when the call is first polled.
+pub trait IntoServiceName {
+    /// The name, or why it is none.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] if it is not of the grammar.
+    fn into_service_name(self) -> Result<ServiceName, Error>;
+}
+
+impl<T> IntoServiceName for T
+where
+    T: TryInto<ServiceName>,
+    T::Error: Into<Error>,
+{
+    fn into_service_name(self) -> Result<ServiceName, Error> {
+        self.try_into().map_err(Into::into)
+    }
+}
+
+/// A client that a call may have to open first.
+#[derive(Clone, Debug)]
+pub(crate) enum ClientSource {
+    Open(Client),
+    Lazy(Arc<LazyClient>),
+}
+
+impl ClientSource {
+    pub(crate) async fn client(&self) -> Result<&Client, Error> {
+        match self {
+            Self::Open(client) => Ok(client),
+            Self::Lazy(lazy) => {
+                let open = || Client::open(Arc::clone(&lazy.transport), lazy.config);
+                lazy.client.get_or_try_init(open).await
+            }
+        }
+    }
+}
+
+/// The client of a server's handlers, opened at their first call.
+#[derive(Debug)]
+pub(crate) struct LazyClient {
+    transport: Arc<dyn Transport>,
+    config: ClientConfig,
+    client: OnceCell<Client>,
+}
+
+impl LazyClient {
+    pub(crate) fn new(transport: Arc<dyn Transport>, config: ClientConfig) -> Self {
+        Self {
+            transport,
+            config,
+            client: OnceCell::new(),
+        }
+    }
+
+    pub(crate) async fn close(&self) {
+        if let Some(client) = self.client.get() {
+            client.close().await;
+        }
+    }
+}

@@ -1,0 +1,107 @@
+//! What a client and a server may be told.
+
+use std::time::Duration;
+
+use crate::error::{Error, ErrorKind};
+
+/// The longest timeout that a call may have: 30 days, within what every broker's expiry can hold.
+pub(crate) const TIMEOUT_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
+
+/// The largest body by default, in bytes: 4 MiB, below the limit of every broker.
+const MAX_BODY: usize = 4 * 1024 * 1024;
+
+/// The time that a request may take if nobody says how long.
+const TIMEOUT: Duration = Duration::from_secs(30);
+
+/// The settings of a [`Client`](crate::Client).
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct ClientConfig {
+    /// The timeout of calls that set none. Default: 30 s. At most 30 days.
+    pub timeout: Duration,
+    /// The largest body of a request or reply, in bytes, inclusive. Default: 4 MiB. A server with a smaller limit
+    /// refuses what is over its own.
+    pub max_body: usize,
+    /// The most calls that wait at once; one more fails as `Overloaded`. Default: 131,072, some 40 MiB of small calls.
+    pub max_pending: usize,
+}
+
+impl Default for ClientConfig {
+    fn default() -> Self {
+        Self {
+            timeout: TIMEOUT,
+            max_body: MAX_BODY,
+            max_pending: 131_072,
+        }
+    }
+}
+
+impl ClientConfig {
+    /// Sets [`timeout`](Self::timeout).
+    #[must_use]
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
+        self
+    }
+
+    /// Sets [`max_body`](Self::max_body).
+    #[must_use]
+    pub fn max_body(mut self, bytes: usize) -> Self {
+        self.max_body = bytes;
+        self
+    }
+
+    /// Sets [`max_pending`](Self::max_pending).
+    #[must_use]
+    pub fn max_pending(mut self, calls: usize) -> Self {
+        self.max_pending = calls;
+        self
+    }
+}
+
+/// The settings of a [`Server`](crate::Server), set through its builder.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ServerConfig {
+    pub(crate) prefetch: usize,
+    pub(crate) exclusive: bool,
+    pub(crate) max_deliveries: u32,
+    pub(crate) max_body: usize,
+    pub(crate) default_timeout: Duration,
+    pub(crate) grace: Duration,
+    pub(crate) drain_timeout: Duration,
+}
+
+impl Default for ServerConfig {
+    fn default() -> Self {
+        Self {
+            prefetch: 128,
+            exclusive: false,
+            max_deliveries: 5,
+            max_body: MAX_BODY,
+            default_timeout: TIMEOUT,
+            grace: Duration::from_secs(1),
+            drain_timeout: TIMEOUT,
+        }
+    }
+}
+
+pub(crate) fn check_timeout(timeout: Duration) -> Result<(), Error> {
+    if timeout > TIMEOUT_MAX {
+        return Err(Error::not_executed(
+            ErrorKind::Invalid,
+            "a timeout above 30 days",
+        ));
+    }
+    Ok(())
+}
+
+pub(crate) fn check_body(body: &[u8], max_body: usize) -> Result<(), Error> {
+    if body.len() > max_body {
+        let message = format!(
+            "a body of {} bytes is over the limit of {max_body}",
+            body.len()
+        );
+        return Err(Error::not_executed(ErrorKind::TooLarge, message));
+    }
+    Ok(())
+}

@@ -1,0 +1,135 @@
+//! What a handler may know of its request besides the body.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::call::{Call, Notify};
+use crate::client::{ClientSource, IntoServiceName, LazyClient};
+use crate::envelope::{CorrelationId, Headers, Reply};
+use crate::name::{ContentType, Method, ReplyAddress};
+
+/// A request's circumstances, as its handler sees them, and a client that inherits its deadline.
+#[derive(Clone, Debug)]
+pub struct Context {
+    pub(crate) inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Inner {
+    pub(crate) id: CorrelationId,
+    pub(crate) reply_to: Option<ReplyAddress>,
+    pub(crate) method: Option<Method>,
+    pub(crate) headers: Headers,
+    pub(crate) content_type: Option<ContentType>,
+    pub(crate) attempt: u32,
+    pub(crate) deadline: Instant,
+    pub(crate) cancellation: CancellationToken,
+    pub(crate) client: Arc<LazyClient>,
+}
+
+impl Context {
+    /// When the caller stops waiting, by this host's monotonic clock: never early, and over RabbitMQ late by the time
+    /// that the request waited in the queue.
+    #[must_use]
+    pub fn deadline(&self) -> Instant {
+        self.inner.deadline
+    }
+
+    /// What is left until the deadline; zero when it has passed.
+    #[must_use]
+    pub fn remaining(&self) -> Duration {
+        self.inner
+            .deadline
+            .saturating_duration_since(Instant::now())
+    }
+
+    /// Fires when the deadline has passed, when another server may have the request (lost lease), and when the server
+    /// stops waiting for its handlers. The handler has one second (see [`Server::grace`](crate::Server::grace)) to end
+    /// by itself before it is dropped.
+    #[must_use]
+    pub fn cancellation(&self) -> CancellationToken {
+        self.inner.cancellation.clone()
+    }
+
+    /// Which attempt this is: 1, and one more for each server that died with this request.
+    #[must_use]
+    pub fn attempt(&self) -> u32 {
+        self.inner.attempt
+    }
+
+    /// The method that was called, if the request names one.
+    #[must_use]
+    pub fn method(&self) -> Option<&str> {
+        self.inner.method.as_ref().map(Method::as_str)
+    }
+
+    /// The request's user headers.
+    #[must_use]
+    pub fn headers(&self) -> &Headers {
+        &self.inner.headers
+    }
+
+    /// What the body is, if the caller said.
+    #[must_use]
+    pub fn content_type(&self) -> Option<&str> {
+        self.inner.content_type.as_ref().map(ContentType::as_str)
+    }
+
+    /// The id that ties the reply to its request.
+    #[must_use]
+    pub fn correlation_id(&self) -> &CorrelationId {
+        &self.inner.id
+    }
+
+    /// Where the reply goes; none for a one-way request.
+    #[must_use]
+    pub fn reply_to(&self) -> Option<&ReplyAddress> {
+        self.inner.reply_to.as_ref()
+    }
+
+    /// Calls another service, as [`Client::call`](crate::Client::call), within what is left of this request's deadline.
+    #[cfg(feature = "json")]
+    pub fn call<Out>(
+        &self,
+        service: impl IntoServiceName,
+        input: &(impl serde::Serialize + ?Sized),
+    ) -> Call<Out>
+    where
+        Out: serde::de::DeserializeOwned,
+    {
+        Call::json(self.source(), service.into_service_name(), input).inherit(self.deadline())
+    }
+
+    /// Calls another service, as [`Client::call_raw`](crate::Client::call_raw), within what is left of this request's
+    /// deadline.
+    pub fn call_raw(&self, service: impl IntoServiceName, body: impl Into<Bytes>) -> Call<Reply> {
+        Call::raw(self.source(), service.into_service_name(), body.into()).inherit(self.deadline())
+    }
+
+    /// Notifies another service, as [`Client::notify`](crate::Client::notify), within what is left of this request's
+    /// deadline.
+    #[cfg(feature = "json")]
+    pub fn notify(
+        &self,
+        service: impl IntoServiceName,
+        input: &(impl serde::Serialize + ?Sized),
+    ) -> Notify {
+        Notify::one_way_json(self.source(), service.into_service_name(), input)
+            .inherit(self.deadline())
+    }
+
+    /// Notifies another service, as [`Client::notify_raw`](crate::Client::notify_raw), within what is left of this
+    /// request's deadline.
+    pub fn notify_raw(&self, service: impl IntoServiceName, body: impl Into<Bytes>) -> Notify {
+        Notify::one_way_raw(self.source(), service.into_service_name(), body.into())
+            .inherit(self.deadline())
+    }
+
+    fn source(&self) -> ClientSource {
+        ClientSource::Lazy(Arc::clone(&self.inner.client))
+    }
+}

@@ -1,0 +1,171 @@
+//! What a user's function must look like to serve requests.
+
+use std::future::Future;
+use std::marker::PhantomData;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+
+use crate::context::Context;
+use crate::envelope::Headers;
+use crate::fault::Fault;
+use crate::name::ContentType;
+
+/// The answer of a raw handler: a body, and what it is.
+#[derive(Clone, Debug, Default)]
+pub struct Response {
+    /// The body.
+    pub body: Bytes,
+    /// What the body is.
+    pub content_type: Option<ContentType>,
+    /// User headers.
+    pub headers: Headers,
+}
+
+impl<T: Into<Bytes>> From<T> for Response {
+    fn from(body: T) -> Self {
+        Self {
+            body: body.into(),
+            content_type: None,
+            headers: Headers::new(),
+        }
+    }
+}
+
+/// An async function from a typed input to `Result<output, Fault>`, with or without a [`Context`]. JSON bodies.
+///
+/// Implemented for `Fn(In) -> impl Future` and `Fn(In, Context) -> impl Future`. Clones of the server's tasks share it.
+#[cfg(feature = "json")]
+pub trait Handler<Args>: Send + Sync + 'static {
+    /// Decodes the body and runs the function.
+    fn handle(
+        &self,
+        body: Bytes,
+        context: Context,
+    ) -> impl Future<Output = Result<Response, Failure>> + Send;
+}
+
+/// An async function from bytes to `Result<impl Into<Response>, Fault>`, with or without a [`Context`].
+///
+/// Implemented for `Fn(Bytes) -> impl Future` and `Fn(Bytes, Context) -> impl Future`.
+pub trait RawHandler<Args>: Send + Sync + 'static {
+    /// Runs the function.
+    fn handle(
+        &self,
+        body: Bytes,
+        context: Context,
+    ) -> impl Future<Output = Result<Response, Failure>> + Send;
+}
+
+/// Why there is no answer.
+#[derive(Debug)]
+pub enum Failure {
+    /// The body is not of the handler's type; the handler was not started.
+    Undecodable(String),
+    /// The handler's own fault.
+    Fault(Fault),
+}
+
+impl From<Fault> for Failure {
+    fn from(fault: Fault) -> Self {
+        Self::Fault(fault)
+    }
+}
+
+#[cfg(feature = "json")]
+impl<F, In, Out, Running> Handler<(In,)> for F
+where
+    F: Fn(In) -> Running + Send + Sync + 'static,
+    In: serde::de::DeserializeOwned + Send,
+    Out: serde::Serialize + Send,
+    Running: Future<Output = Result<Out, Fault>> + Send,
+{
+    async fn handle(&self, body: Bytes, _: Context) -> Result<Response, Failure> {
+        let output = self(json_input(&body)?).await?;
+        json_response(&output)
+    }
+}
+
+#[cfg(feature = "json")]
+impl<F, In, Out, Running> Handler<(In, Context)> for F
+where
+    F: Fn(In, Context) -> Running + Send + Sync + 'static,
+    In: serde::de::DeserializeOwned + Send,
+    Out: serde::Serialize + Send,
+    Running: Future<Output = Result<Out, Fault>> + Send,
+{
+    async fn handle(&self, body: Bytes, context: Context) -> Result<Response, Failure> {
+        let output = self(json_input(&body)?, context).await?;
+        json_response(&output)
+    }
+}
+
+impl<F, Out, Running> RawHandler<(Bytes,)> for F
+where
+    F: Fn(Bytes) -> Running + Send + Sync + 'static,
+    Out: Into<Response>,
+    Running: Future<Output = Result<Out, Fault>> + Send,
+{
+    async fn handle(&self, body: Bytes, _: Context) -> Result<Response, Failure> {
+        Ok(self(body).await?.into())
+    }
+}
+
+impl<F, Out, Running> RawHandler<(Bytes, Context)> for F
+where
+    F: Fn(Bytes, Context) -> Running + Send + Sync + 'static,
+    Out: Into<Response>,
+    Running: Future<Output = Result<Out, Fault>> + Send,
+{
+    async fn handle(&self, body: Bytes, context: Context) -> Result<Response, Failure> {
+        Ok(self(body, context).await?.into())
+    }
+}
+
+#[cfg(feature = "json")]
+fn json_input<In: serde::de::DeserializeOwned>(body: &[u8]) -> Result<In, Failure> {
+    crate::codec::decode(body).map_err(|error| {
+        Failure::Undecodable(format!("the body is not of the expected type: {error}"))
+    })
+}
+
+#[cfg(feature = "json")]
+fn json_response(output: &impl serde::Serialize) -> Result<Response, Failure> {
+    match crate::codec::encode(output) {
+        Ok(body) => Ok(Response {
+            body,
+            content_type: Some(ContentType::JSON),
+            headers: Headers::new(),
+        }),
+        Err(error) => Err(Failure::Fault(Fault::new(
+            crate::fault::Code::Internal,
+            error.message(),
+        ))),
+    }
+}
+
+/// A handler whose types are forgotten.
+#[async_trait]
+pub(crate) trait AnyHandler: Send + Sync {
+    async fn handle(&self, body: Bytes, context: Context) -> Result<Response, Failure>;
+}
+
+#[cfg(feature = "json")]
+pub(crate) struct Json<H, Args>(pub(crate) H, pub(crate) PhantomData<fn(Args)>);
+
+#[cfg(feature = "json")]
+#[async_trait]
+impl<H: Handler<Args>, Args: 'static> AnyHandler for Json<H, Args> {
+    async fn handle(&self, body: Bytes, context: Context) -> Result<Response, Failure> {
+        self.0.handle(body, context).await
+    }
+}
+
+pub(crate) struct Raw<H, Args>(pub(crate) H, pub(crate) PhantomData<fn(Args)>);
+
+#[async_trait]
+impl<H: RawHandler<Args>, Args: 'static> AnyHandler for Raw<H, Args> {
+    async fn handle(&self, body: Bytes, context: Context) -> Result<Response, Failure> {
+        self.0.handle(body, context).await
+    }
+}

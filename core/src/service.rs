@@ -1,0 +1,308 @@
+//! What becomes of one request in a server's hands.
+
+use std::any::Any;
+use std::collections::BTreeMap;
+use std::panic::AssertUnwindSafe;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use futures_util::FutureExt;
+use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::CancellationToken;
+
+use crate::client::LazyClient;
+use crate::config::{self, ServerConfig};
+use crate::context::{self, Context};
+use crate::envelope::{CorrelationId, Outcome, Reply};
+use crate::error::{Error, ErrorKind, Executed};
+use crate::fault::{Code, Fault};
+use crate::handler::{AnyHandler, Failure, Response};
+use crate::name::{Method, ServiceName};
+use crate::transport::Delivery;
+
+/// What a server has done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ServerStats {
+    /// Requests that were given to a handler.
+    pub handled: u64,
+    /// Faults that were answered, whoever raised them.
+    pub faults: u64,
+    /// Requests that had expired when they were taken. Not started.
+    pub expired: u64,
+    /// Requests that were dead-lettered, having been delivered too often.
+    pub dead_lettered: u64,
+    /// Requests whose lease was lost before they were settled.
+    pub lost_leases: u64,
+    /// Requests that could not be settled for another reason; the broker delivers them again.
+    pub unsettled: u64,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    handled: AtomicU64,
+    faults: AtomicU64,
+    expired: AtomicU64,
+    dead_lettered: AtomicU64,
+    lost_leases: AtomicU64,
+    unsettled: AtomicU64,
+}
+
+impl Counters {
+    pub(crate) fn stats(&self) -> ServerStats {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        ServerStats {
+            handled: read(&self.handled),
+            faults: read(&self.faults),
+            expired: read(&self.expired),
+            dead_lettered: read(&self.dead_lettered),
+            lost_leases: read(&self.lost_leases),
+            unsettled: read(&self.unsettled),
+        }
+    }
+}
+
+/// One service of one server.
+pub(crate) struct Service {
+    name: ServiceName,
+    handlers: BTreeMap<Option<Method>, Arc<dyn AnyHandler>>,
+    config: ServerConfig,
+    counters: Arc<Counters>,
+    client: Arc<LazyClient>,
+    /// Fires when the server stops waiting for its handlers.
+    kill: CancellationToken,
+}
+
+impl Service {
+    pub(crate) fn new(
+        name: ServiceName,
+        handlers: BTreeMap<Option<Method>, Arc<dyn AnyHandler>>,
+        config: ServerConfig,
+        counters: Arc<Counters>,
+        client: Arc<LazyClient>,
+        kill: CancellationToken,
+    ) -> Self {
+        Self {
+            name,
+            handlers,
+            config,
+            counters,
+            client,
+            kill,
+        }
+    }
+
+    pub(crate) fn name(&self) -> &ServiceName {
+        &self.name
+    }
+
+    /// Takes one delivery to its end: dead letters, a refusal, or a handler's answer.
+    pub(crate) async fn serve(self: Arc<Self>, delivery: Delivery) {
+        let (id, wants_reply) = (
+            delivery.request.id.clone(),
+            delivery.request.reply_to.is_some(),
+        );
+        let settled = if delivery.attempt > self.config.max_deliveries {
+            count(&self.counters.dead_lettered);
+            let reason = format!("delivered {} times and never settled", delivery.attempt - 1);
+            let fault = Fault::new(Code::Aborted, &reason);
+            let reply = wants_reply.then(|| Reply::fault(id, fault, Executed::Maybe));
+            delivery.dead_letter(reason, reply).await
+        } else {
+            let Some(outcome) = self.outcome(&delivery).await else {
+                return; // Dropped unsettled: the server is being killed, and the request goes to another one.
+            };
+            let reply = self.reply(id, outcome);
+            delivery.reply(wants_reply.then_some(reply)).await
+        };
+        if let Err(error) = settled {
+            self.settling_failed(&error);
+        }
+    }
+
+    /// The handler's answer, or why there is none; `None` if the server is killed meanwhile.
+    async fn outcome(&self, delivery: &Delivery) -> Option<Result<Response, (Fault, Executed)>> {
+        // What is refused without a handler was not executed, if nobody else had it before.
+        let refused = match delivery.attempt {
+            1 => Executed::No,
+            _ => Executed::Maybe,
+        };
+        let request = &delivery.request;
+        let now = Instant::now();
+        let deadline = delivery
+            .expires
+            .unwrap_or_else(|| now + self.config.default_timeout);
+        if deadline <= now {
+            count(&self.counters.expired);
+            return Some(Err((
+                Fault::new(
+                    Code::DeadlineExceeded,
+                    "the request had expired in the queue",
+                ),
+                refused,
+            )));
+        }
+        if config::check_body(&request.body, self.config.max_body).is_err() {
+            let message = format!(
+                "a body of {} bytes is over the server's limit",
+                request.body.len()
+            );
+            return Some(Err((Fault::new(Code::ResourceExhausted, message), refused)));
+        }
+        let Some(handler) = self.handlers.get(&request.method) else {
+            let message = match &request.method {
+                Some(method) => format!("{} has no method {method}", self.name),
+                None => format!("{} wants a method", self.name),
+            };
+            return Some(Err((Fault::new(Code::Unimplemented, message), refused)));
+        };
+        let cancellation = CancellationToken::new();
+        let context = self.context(delivery, deadline, &cancellation);
+        let running =
+            AssertUnwindSafe(handler.handle(request.body.clone(), context)).catch_unwind();
+        match self
+            .supervise(running, deadline, &delivery.lease, &cancellation)
+            .await
+        {
+            Supervised::Ended(Ok(Ok(response))) => {
+                count(&self.counters.handled);
+                Some(Ok(response))
+            }
+            Supervised::Ended(Ok(Err(Failure::Undecodable(reason)))) => {
+                Some(Err((Fault::new(Code::InvalidArgument, reason), refused)))
+            }
+            Supervised::Ended(Ok(Err(Failure::Fault(fault)))) => {
+                count(&self.counters.handled);
+                Some(Err((fault, Executed::Yes)))
+            }
+            Supervised::Ended(Err(panic)) => {
+                count(&self.counters.handled);
+                let message = panic_message(&*panic);
+                tracing::error!(service = %self.name, message, "a handler panicked");
+                Some(Err((
+                    Fault::new(Code::Internal, format!("the handler panicked: {message}")),
+                    Executed::Yes,
+                )))
+            }
+            Supervised::Overdue => {
+                count(&self.counters.handled);
+                tracing::warn!(service = %self.name, "a handler did not end after its cancellation and was dropped");
+                let fault = Fault::new(
+                    Code::DeadlineExceeded,
+                    "the handler did not end by the deadline",
+                );
+                Some(Err((fault, Executed::Yes)))
+            }
+            Supervised::Killed => None,
+        }
+    }
+
+    /// Runs a handler, firing its cancellation at the deadline or when its lease is lost. A handler that is ready at
+    /// its first poll costs no timer.
+    async fn supervise<T>(
+        &self,
+        running: impl Future<Output = T>,
+        deadline: Instant,
+        lease: &CancellationToken,
+        cancellation: &CancellationToken,
+    ) -> Supervised<T> {
+        let mut running = pin!(running);
+        tokio::select! {
+            biased;
+            ended = &mut running => return Supervised::Ended(ended),
+            () = sleep_until(deadline) => {}
+            () = lease.cancelled() => {}
+            () = self.kill.cancelled() => {
+                cancellation.cancel();
+                return Supervised::Killed;
+            }
+        }
+        cancellation.cancel();
+        tokio::select! {
+            biased;
+            ended = &mut running => Supervised::Ended(ended),
+            () = sleep_until(Instant::now() + self.config.grace) => Supervised::Overdue,
+            () = self.kill.cancelled() => Supervised::Killed,
+        }
+    }
+
+    fn context(
+        &self,
+        delivery: &Delivery,
+        deadline: Instant,
+        cancellation: &CancellationToken,
+    ) -> Context {
+        let request = &delivery.request;
+        let inner = context::Inner {
+            id: request.id.clone(),
+            reply_to: request.reply_to.clone(),
+            method: request.method.clone(),
+            headers: request.headers.clone(),
+            content_type: request.content_type.clone(),
+            attempt: delivery.attempt,
+            deadline,
+            cancellation: cancellation.clone(),
+            client: Arc::clone(&self.client),
+        };
+        Context {
+            inner: Arc::new(inner),
+        }
+    }
+
+    fn reply(&self, id: CorrelationId, outcome: Result<Response, (Fault, Executed)>) -> Reply {
+        let failed = |fault, executed| {
+            count(&self.counters.faults);
+            Reply::fault(id.clone(), fault, executed)
+        };
+        match outcome {
+            Ok(response) if response.body.len() > self.config.max_body => {
+                let message = format!(
+                    "a reply of {} bytes is over the server's limit",
+                    response.body.len()
+                );
+                failed(Fault::new(Code::ResourceExhausted, message), Executed::Yes)
+            }
+            Ok(Response {
+                body,
+                content_type,
+                headers,
+            }) => Reply {
+                id,
+                outcome: Outcome::Value,
+                headers,
+                content_type,
+                body,
+            },
+            Err((fault, executed)) => failed(fault, executed),
+        }
+    }
+
+    fn settling_failed(&self, error: &Error) {
+        match error.kind() {
+            ErrorKind::LostLease => count(&self.counters.lost_leases),
+            _ => count(&self.counters.unsettled),
+        }
+        tracing::warn!(service = %self.name, %error, "a request was not settled");
+    }
+}
+
+/// How a handler's run ended.
+enum Supervised<T> {
+    Ended(T),
+    /// Cancelled, and not ended within the grace.
+    Overdue,
+    Killed,
+}
+
+fn count(counter: &AtomicU64) {
+    counter.fetch_add(1, Ordering::Relaxed);
+}
+
+fn panic_message(panic: &(dyn Any + Send)) -> &str {
+    match (panic.downcast_ref::<&str>(), panic.downcast_ref::<String>()) {
+        (Some(message), _) => message,
+        (None, Some(message)) => message,
+        (None, None) => "(no message)",
+    }
+}

@@ -155,12 +155,13 @@ impl Error {
     }
 
     /// The error that a fault in a reply becomes: [`ErrorKind::Fault`] if a handler raised it, else
-    /// [`ErrorKind::Rejected`].
+    /// [`ErrorKind::Rejected`], or [`ErrorKind::DeadlineExceeded`] if it had expired when a server took it.
     #[must_use]
     pub fn from_fault(fault: Fault, executed: Executed) -> Self {
-        let kind = match executed {
-            Executed::Yes => ErrorKind::Fault,
-            Executed::No | Executed::Maybe => ErrorKind::Rejected,
+        let kind = match (executed, fault.code()) {
+            (Executed::Yes, _) => ErrorKind::Fault,
+            (Executed::No | Executed::Maybe, Code::DeadlineExceeded) => ErrorKind::DeadlineExceeded,
+            (Executed::No | Executed::Maybe, _) => ErrorKind::Rejected,
         };
         let message = fault.message().to_owned();
         Self(Arc::new(Inner {
@@ -198,13 +199,13 @@ impl Error {
         self.0.executed
     }
 
-    /// The remote error, for [`ErrorKind::Fault`] and [`ErrorKind::Rejected`].
+    /// The remote error, if a server sent one: always for [`ErrorKind::Fault`] and [`ErrorKind::Rejected`].
     #[must_use]
     pub fn fault(&self) -> Option<&Fault> {
         self.0.fault.as_ref()
     }
 
-    /// The remote error's code, for [`ErrorKind::Fault`] and [`ErrorKind::Rejected`].
+    /// The remote error's code, if a server sent one.
     #[must_use]
     pub fn code(&self) -> Option<Code> {
         self.fault().map(Fault::code)

@@ -186,7 +186,10 @@ impl Table {
             && (self.ended.len() > ENDED_MAX || now.duration_since(ended) > ENDED_AGE)
         {
             self.ended.pop_front();
-            self.calls.remove(&oldest);
+            // A call that entered again, behind a lost inbox, waits under the id of its first try.
+            if !matches!(self.calls.get(&oldest), Some(Call::Waiting(_))) {
+                self.calls.remove(&oldest);
+            }
         }
     }
 

@@ -1,1 +1,31 @@
 #![doc = include_str!("../README.md")]
+#![forbid(unsafe_code)]
+
+mod broker;
+mod config;
+mod connection;
+mod faults;
+mod hub;
+mod inbox;
+mod queue;
+mod session;
+mod subscription;
+mod table;
+mod transport;
+
+pub use broker::{DeadLetter, MemoryBroker, ServiceStats, Stats};
+pub use config::MemoryConfig;
+pub use transport::MemoryTransport;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use antiphon_core::{Error, ErrorKind};
+
+/// Locks a mutex whose data is whole between any two statements that can panic, so that poison means nothing.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn closed(what: &str) -> Error {
+    Error::not_executed(ErrorKind::Closed, format!("the {what} is closed"))
+}

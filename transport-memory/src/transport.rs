@@ -1,0 +1,129 @@
+//! The transport: one connection to a broker in this process.
+
+use std::sync::Arc;
+
+use antiphon_core::transport::{Capabilities, Inbox, Outbound, SubscribeOptions, Subscription};
+use antiphon_core::{ConnectionState, Error, ServiceName, Transport};
+use async_trait::async_trait;
+use tokio::sync::watch;
+use tokio::task::coop;
+
+use crate::broker::{HubHandle, MemoryBroker};
+use crate::config::MemoryConfig;
+use crate::connection::{BLOCKED, CUT, Connection, PAUSED};
+use crate::inbox::MemoryInbox;
+use crate::subscription::MemorySubscription;
+
+/// A connection to a [`MemoryBroker`].
+///
+/// Clones are the same connection. It is closed when the last of them is dropped, as if its process had died.
+#[derive(Clone, Debug)]
+pub struct MemoryTransport(Arc<Handle>);
+
+/// What all clones share.
+#[derive(Debug)]
+struct Handle {
+    connection: Arc<Connection>,
+    broker: Arc<HubHandle>,
+}
+
+impl MemoryTransport {
+    /// Connects to the broker that the configuration names, making it if there is none. A broker lives as long as any
+    /// connection to it or [`MemoryBroker`] of it.
+    ///
+    /// # Errors
+    /// None at present: a broker in this process is always there.
+    pub async fn connect(config: MemoryConfig) -> Result<Self, Error> {
+        Ok(MemoryBroker::open(config).connect())
+    }
+
+    pub(crate) fn new(broker: Arc<HubHandle>) -> Self {
+        Self(Arc::new(Handle {
+            connection: broker.hub().connect(),
+            broker,
+        }))
+    }
+
+    /// The broker that it is connected to.
+    #[must_use]
+    pub fn broker(&self) -> MemoryBroker {
+        MemoryBroker::from_handle(Arc::clone(&self.0.broker))
+    }
+
+    pub(crate) fn connection(&self) -> &Arc<Connection> {
+        &self.0.connection
+    }
+}
+
+#[async_trait]
+impl Transport for MemoryTransport {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::none().with_fenced_replies()
+    }
+
+    async fn send(&self, message: Outbound) -> Result<(), Error> {
+        // A message is handed over at the first poll; without this, a loop of sends would never let a server run.
+        coop::consume_budget().await;
+        let connection = self.connection();
+        match message {
+            Outbound::Request {
+                service,
+                request,
+                expect_responder,
+                ticket,
+            } => {
+                connection.pass(CUT | PAUSED | BLOCKED).await?;
+                connection
+                    .hub()
+                    .request(&service, request, expect_responder, &ticket)
+            }
+            Outbound::Reply { to, reply } => {
+                connection.pass(CUT | PAUSED).await?;
+                connection.hub().reply(&to, reply);
+                Ok(())
+            }
+        }
+    }
+
+    async fn open_inbox(&self) -> Result<Box<dyn Inbox>, Error> {
+        let connection = self.connection();
+        let letters = connection
+            .open(|| Ok(connection.hub().open_inbox(connection.id())))
+            .await?;
+        Ok(Box::new(MemoryInbox::new(Arc::clone(connection), letters)))
+    }
+
+    async fn subscribe(
+        &self,
+        service: &ServiceName,
+        options: SubscribeOptions,
+    ) -> Result<Box<dyn Subscription>, Error> {
+        let connection = self.connection();
+        let (queue, session) = connection
+            .open(|| {
+                connection
+                    .hub()
+                    .subscribe(service, connection.id(), options)
+            })
+            .await?;
+        Ok(Box::new(MemorySubscription::new(
+            Arc::clone(connection),
+            queue,
+            session,
+        )))
+    }
+
+    fn state(&self) -> watch::Receiver<ConnectionState> {
+        self.connection().state()
+    }
+
+    async fn close(&self) {
+        self.connection().close();
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.connection.close();
+    }
+}

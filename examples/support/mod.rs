@@ -4,7 +4,7 @@ use antiphon::{Code, Fault};
 
 /// The nth Fibonacci number; the 93rd is the last that fits.
 #[allow(dead_code, reason = "the client example only asks for numbers")]
-pub fn fibonacci(n: u64) -> Result<u64, Fault> {
+pub(crate) fn fibonacci(n: u64) -> Result<u64, Fault> {
     if n > 93 {
         return Err(Fault::new(Code::OutOfRange, format!("{n} is above 93")));
     }
@@ -17,7 +17,7 @@ pub fn fibonacci(n: u64) -> Result<u64, Fault> {
 
 /// The broker's URL, or a word on why there must be one. Memory ends at the process, and these are two.
 #[allow(dead_code, reason = "the example in one process needs no broker")]
-pub fn broker_url(argument: Option<String>, usage: &str) -> String {
+pub(crate) fn broker_url(argument: Option<String>, usage: &str) -> String {
     match argument {
         Some(url) if !url.starts_with("memory:") => url,
         _ => {

@@ -1,0 +1,243 @@
+//! A broker in a container.
+
+use std::io;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use testcontainers::core::{ContainerPort, ExecCommand};
+use testcontainers::runners::AsyncRunner;
+use testcontainers::{
+    ContainerAsync, ContainerRequest, GenericImage, ImageExt, TestcontainersError,
+};
+use tokio::time::timeout;
+
+use super::{BrokerKind, BrokerOptions, Stop, ports, probe, process, rabbitmq, redis};
+
+/// How long a broker may take from its container's start to its first answer.
+const START: Duration = Duration::from_secs(120);
+
+/// How long any one request to the container daemon may take.
+const REQUEST: Duration = Duration::from_secs(60);
+
+/// How often to look whether a container that starts has ended instead.
+const CHECK: Duration = Duration::from_millis(500);
+
+/// Seconds until a container that is asked to stop is killed.
+const GRACE_SECONDS: i32 = 30;
+
+#[derive(Debug)]
+pub(super) struct Container {
+    kind: BrokerKind,
+    container: ContainerAsync<GenericImage>,
+    authority: String,
+    _watchdog: Option<Watchdog>,
+}
+
+impl Container {
+    pub(super) async fn start(options: &BrokerOptions, image: &str) -> io::Result<Self> {
+        // The port is ours to choose, since the daemon would choose another one at each start.
+        let port = ports::free_port()?;
+        let container = request(options, image, port)
+            .start()
+            .await
+            .map_err(|error| failed(image, &error))?;
+        let watchdog = Watchdog::start(container.id());
+        let host = container
+            .get_host()
+            .await
+            .map_err(|error| failed(image, &error))?;
+        let this = Self {
+            kind: options.kind,
+            container,
+            authority: format!("{host}:{port}"),
+            _watchdog: watchdog,
+        };
+        this.ready().await?;
+        Ok(this)
+    }
+
+    pub(super) fn authority(&self) -> &str {
+        &self.authority
+    }
+
+    pub(super) async fn stop(&self, how: Stop) -> io::Result<()> {
+        let grace = match how {
+            Stop::Graceful => GRACE_SECONDS,
+            Stop::Kill => 0,
+        };
+        done("stop", self.container.stop_with_timeout(Some(grace))).await?;
+        probe::gone(&self.authority, REQUEST).await
+    }
+
+    pub(super) async fn resume(&self) -> io::Result<()> {
+        done("start", self.container.start()).await?;
+        self.ready().await
+    }
+
+    pub(super) async fn freeze(&self) -> io::Result<()> {
+        done("pause", self.container.pause()).await
+    }
+
+    pub(super) async fn thaw(&self) -> io::Result<()> {
+        done("unpause", self.container.unpause()).await
+    }
+
+    pub(super) async fn ctl(&self, arguments: &[&str]) -> io::Result<String> {
+        let command = ExecCommand::new(["rabbitmqctl"].iter().chain(arguments).copied());
+        let run = async {
+            let mut result = self.container.exec(command).await?;
+            let printed = result.stdout_to_vec().await?;
+            let complaint = result.stderr_to_vec().await?;
+            Ok::<_, TestcontainersError>((result.exit_code().await?, printed, complaint))
+        };
+        let (code, printed, complaint) = done("exec", run).await?;
+        let printed = String::from_utf8_lossy(&printed).into_owned();
+        if code == Some(0) {
+            return Ok(printed);
+        }
+        let complaint = String::from_utf8_lossy(&complaint);
+        Err(io::Error::other(format!(
+            "rabbitmqctl {}: {printed}{complaint}",
+            arguments.join(" ")
+        )))
+    }
+
+    pub(super) async fn log_tail(&self) -> String {
+        let logs = async {
+            tokio::join!(
+                self.container.stdout_to_vec(),
+                self.container.stderr_to_vec()
+            )
+        };
+        let Ok((stdout, stderr)) = timeout(REQUEST, logs).await else {
+            return String::new();
+        };
+        process::tail(&[stdout.unwrap_or_default(), stderr.unwrap_or_default()].concat())
+    }
+
+    async fn ready(&self) -> io::Result<()> {
+        let ready = tokio::select! {
+            ready = probe::ready(self.kind, &self.authority, START, || Ok(())) => ready,
+            error = self.ended() => Err(error),
+        };
+        match ready {
+            Ok(()) => Ok(()),
+            Err(error) => {
+                let reason = format!("{error}; its log ends with:\n{}", self.log_tail().await);
+                Err(io::Error::new(error.kind(), reason))
+            }
+        }
+    }
+
+    /// Waits until the container does not run.
+    async fn ended(&self) -> io::Error {
+        while !matches!(self.container.is_running().await, Ok(false)) {
+            tokio::time::sleep(CHECK).await;
+        }
+        io::Error::new(io::ErrorKind::BrokenPipe, "the container ended")
+    }
+}
+
+fn request(options: &BrokerOptions, image: &str, port: u16) -> ContainerRequest<GenericImage> {
+    let (name, tag) = name_and_tag(image);
+    let inner = ContainerPort::Tcp(options.kind.default_port());
+    let request = GenericImage::new(name, tag)
+        .with_exposed_port(inner)
+        .with_mapped_port(port, inner);
+    match options.kind {
+        BrokerKind::Redis | BrokerKind::Valkey => {
+            let server = format!("{}-server", options.kind);
+            let reachable = ["--bind", "0.0.0.0", "--protected-mode", "no"].map(str::to_owned);
+            request.with_cmd(
+                [server]
+                    .into_iter()
+                    .chain(reachable)
+                    .chain(redis::arguments(options)),
+            )
+        }
+        BrokerKind::RabbitMq => {
+            let configuration = format!(
+                "loopback_users = none\n{}",
+                rabbitmq::common_configuration(options)
+            );
+            request.with_copy_to(
+                "/etc/rabbitmq/conf.d/90-antiphon.conf",
+                configuration.into_bytes(),
+            )
+        }
+    }
+}
+
+/// The tag is what follows a colon behind the last slash; before that, a colon is of a registry's port.
+fn name_and_tag(image: &str) -> (&str, &str) {
+    match image.rsplit_once(':') {
+        Some((name, tag)) if !tag.contains('/') => (name, tag),
+        _ => (image, "latest"),
+    }
+}
+
+async fn done<T>(
+    what: &str,
+    request: impl Future<Output = Result<T, TestcontainersError>>,
+) -> io::Result<T> {
+    match timeout(REQUEST, request).await {
+        Ok(result) => result.map_err(|error| failed(what, &error)),
+        Err(elapsed) => Err(elapsed.into()),
+    }
+}
+
+fn failed(what: &str, error: &TestcontainersError) -> io::Error {
+    io::Error::other(format!("container ({what}): {error}"))
+}
+
+/// Removes the container if this process dies without doing so. Its pipe ends when its owner does.
+#[derive(Debug)]
+struct Watchdog(Child);
+
+impl Watchdog {
+    /// None if there is no command for it.
+    fn start(container: &str) -> Option<Self> {
+        let mut command = Command::new("sh");
+        command.args([
+            "-c",
+            r#"read -r line || docker rm --force --volumes "$0""#,
+            container,
+        ]);
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        #[cfg(unix)]
+        std::os::unix::process::CommandExt::process_group(&mut command, 0);
+        command.spawn().ok().map(Self)
+    }
+}
+
+impl Drop for Watchdog {
+    fn drop(&mut self) {
+        // The container was removed by its own drop, which comes first: it is declared before this.
+        if let Some(mut pipe) = self.0.stdin.take() {
+            let _ = std::io::Write::write_all(&mut pipe, b"done\n");
+        }
+        let _ = self.0.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_has_a_name_and_a_tag() {
+        assert_eq!(name_and_tag("redis:8"), ("redis", "8"));
+        assert_eq!(
+            name_and_tag("antiphon-test/redis:8.0"),
+            ("antiphon-test/redis", "8.0")
+        );
+        assert_eq!(
+            name_and_tag("somewhere:5000/redis"),
+            ("somewhere:5000/redis", "latest")
+        );
+        assert_eq!(name_and_tag("redis"), ("redis", "latest"));
+    }
+}

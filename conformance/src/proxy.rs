@@ -187,7 +187,7 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
 
 /// One connection, from accept to close. Both sockets end with a reset, unless both sides have closed by themselves.
 async fn serve(
-    client: TcpStream,
+    mut client: TcpStream,
     upstream: String,
     mut flow: watch::Receiver<Flow>,
     cut: CancellationToken,

@@ -1,10 +1,13 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
+mod bench;
+pub mod brokers;
 mod case;
 mod cases;
 pub mod flawed;
 mod harness;
+pub mod proxy;
 mod report;
 mod runner;
 

@@ -1,0 +1,482 @@
+//! What cases are written with: fresh names, connections, bounded waits, and checks that say what they checked.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use antiphon_core::transport::{
+    Delivery, InboxEvent, Incoming, Outbound, SubscribeOptions, Subscription, SubscriptionEvent,
+};
+use antiphon_core::{
+    Client, ClientConfig, ConnectionState, Deadline, Error, ErrorKind, Executed, Reply,
+    ReplyAddress, Request, Server, ServiceName, Ticket, Transport,
+};
+use tokio::time::{Instant, sleep, timeout};
+
+use crate::case::{Stop, Verdict};
+use crate::harness::{Bounds, Connected, Harness};
+
+/// The bound of a step that a healthy transport does at once.
+pub(crate) const PROMPT: Duration = Duration::from_secs(5);
+
+/// How much later than its deadline a call may end.
+pub(crate) const LATE: Duration = Duration::from_millis(250);
+
+/// For how long a case watches for what must not happen.
+pub(crate) const QUIET: Duration = Duration::from_millis(300);
+
+/// The place where one case runs.
+#[derive(Clone, Debug)]
+pub(crate) struct Bench {
+    harness: Arc<dyn Harness>,
+}
+
+impl Bench {
+    pub(crate) fn new(harness: Arc<dyn Harness>) -> Self {
+        Self { harness }
+    }
+
+    pub(crate) fn harness(&self) -> &dyn Harness {
+        &*self.harness
+    }
+
+    pub(crate) fn bounds(&self) -> Bounds {
+        self.harness.bounds()
+    }
+
+    /// A service that nobody else knows.
+    pub(crate) fn service(&self, label: &str) -> Verdict<ServiceName> {
+        let id = uuid::Uuid::new_v4().simple().to_string();
+        named(&format!("conform.{label}.{}", &id[..12]))
+    }
+
+    /// A new connection.
+    pub(crate) async fn connect(&self) -> Verdict<Connected> {
+        within("connect", 2 * PROMPT, self.harness.connect())
+            .await?
+            .map_err(|error| Stop::error("connect", &error))
+    }
+
+    /// A client on a connection of its own.
+    pub(crate) async fn client(&self) -> Verdict<Client> {
+        let connected = self.connect().await?;
+        client_on(&connected.transport, ClientConfig::default()).await
+    }
+
+    /// A server, to be started, on a connection of its own.
+    pub(crate) async fn server(&self) -> Verdict<Server> {
+        Ok(Server::new(self.connect().await?.transport))
+    }
+}
+
+/// A service name from text.
+pub(crate) fn named(name: &str) -> Verdict<ServiceName> {
+    ServiceName::new(name).map_err(|error| Stop::error("make a name", &error))
+}
+
+pub(crate) async fn client_on(
+    transport: &Arc<dyn Transport>,
+    config: ClientConfig,
+) -> Verdict<Client> {
+    let open = Client::open(Arc::clone(transport), config);
+    within("open a client", PROMPT, open)
+        .await?
+        .map_err(|error| Stop::error("open a client", &error))
+}
+
+/// Starts a server; it lives as long as what is returned.
+pub(crate) async fn start(server: Server) -> Verdict<antiphon_core::RunningServer> {
+    within("start a server", PROMPT, server.start())
+        .await?
+        .map_err(|error| Stop::error("start a server", &error))
+}
+
+/// Ends when the future does, or fails the case.
+pub(crate) async fn within<T>(
+    step: &str,
+    limit: Duration,
+    future: impl Future<Output = T>,
+) -> Verdict<T> {
+    timeout(limit, future)
+        .await
+        .map_err(|_| Stop::failed(step, format!("it ends within {limit:?}")))
+}
+
+/// Ends with the future's value, or fails the case: it ends within [`PROMPT`], well.
+pub(crate) async fn ok<T>(
+    step: &str,
+    future: impl IntoFuture<Output = Result<T, Error>>,
+) -> Verdict<T> {
+    ok_within(step, PROMPT, future).await
+}
+
+/// The same with another bound.
+pub(crate) async fn ok_within<T>(
+    step: &str,
+    limit: Duration,
+    future: impl IntoFuture<Output = Result<T, Error>>,
+) -> Verdict<T> {
+    within(step, limit, future.into_future())
+        .await?
+        .map_err(|error| Stop::error(step, &error))
+}
+
+/// Ends with the error that the future must end with, within [`PROMPT`].
+pub(crate) async fn refused<T: fmt::Debug>(
+    step: &str,
+    future: impl IntoFuture<Output = Result<T, Error>>,
+    kind: ErrorKind,
+    executed: Executed,
+) -> Verdict<Error> {
+    let result = within(step, PROMPT, future.into_future()).await?;
+    is_error(step, result, kind, executed)
+}
+
+/// Checks that a result is this error.
+pub(crate) fn is_error<T: fmt::Debug>(
+    step: &str,
+    result: Result<T, Error>,
+    kind: ErrorKind,
+    executed: Executed,
+) -> Verdict<Error> {
+    match result {
+        Err(error) if error.kind() == kind && error.executed() == executed => Ok(error),
+        Err(error) => Err(Stop::failed(
+            step,
+            format!("it ends as {kind}, executed {executed}, not as: {error}"),
+        )),
+        Ok(value) => Err(Stop::failed(
+            step,
+            format!("it ends as {kind}, but it succeeded: {}", shortly(&value)),
+        )),
+    }
+}
+
+/// Checks a rule.
+pub(crate) fn ensure(step: &str, holds: bool, rule: impl Into<String>) -> Verdict {
+    if holds {
+        Ok(())
+    } else {
+        Err(Stop::failed(step, rule))
+    }
+}
+
+/// Checks that two things are equal.
+pub(crate) fn same<T: PartialEq + fmt::Debug>(step: &str, found: T, expected: T) -> Verdict {
+    let holds = found == expected;
+    ensure(
+        step,
+        holds,
+        format!("it is {}, not {}", shortly(&expected), shortly(&found)),
+    )
+}
+
+fn shortly(value: &impl fmt::Debug) -> String {
+    let text = format!("{value:?}");
+    match text.char_indices().nth(200) {
+        Some((end, _)) => format!("{}...", &text[..end]),
+        None => text,
+    }
+}
+
+/// Waits until a condition holds.
+pub(crate) async fn eventually(
+    step: &str,
+    limit: Duration,
+    rule: impl Into<String>,
+    holds: impl FnMut() -> bool,
+) -> Verdict {
+    let mut holds = holds;
+    let end = Instant::now() + limit;
+    while !holds() {
+        if Instant::now() >= end {
+            return Err(Stop::failed(
+                step,
+                format!("{} (within {limit:?})", rule.into()),
+            ));
+        }
+        sleep(Duration::from_millis(5)).await;
+    }
+    Ok(())
+}
+
+/// Runs something that has a deadline and checks that it ends in time, as this machine keeps time: a plain timer that is
+/// as long runs beside it, so that a busy machine is not blamed on the transport.
+pub(crate) async fn by_deadline<T>(
+    step: &str,
+    deadline: Duration,
+    future: impl IntoFuture<Output = T>,
+) -> Verdict<T> {
+    let started = Instant::now();
+    let timer = async {
+        sleep(deadline).await;
+        started.elapsed()
+    };
+    let timed = async {
+        let value = future.into_future().await;
+        (value, started.elapsed())
+    };
+    let (timer, (value, took)) = within(step, deadline + 2 * PROMPT, async {
+        tokio::join!(timer, timed)
+    })
+    .await?;
+    let rule = format!("it ends by its deadline, {deadline:?}, and {LATE:?}, not after {took:?}");
+    ensure(step, took <= timer + LATE, rule)?;
+    Ok(value)
+}
+
+/// Waits for a state of the connection.
+pub(crate) async fn until_state(
+    step: &str,
+    transport: &Arc<dyn Transport>,
+    wanted: impl Fn(&ConnectionState) -> bool,
+) -> Verdict {
+    let mut state = transport.state();
+    let found = within(step, PROMPT, state.wait_for(|state| wanted(state))).await?;
+    ensure(
+        step,
+        found.is_ok(),
+        "the watch of the state lives as long as its transport",
+    )
+}
+
+/// A request with a deadline.
+pub(crate) fn request(
+    budget: Duration,
+    body: impl Into<bytes::Bytes>,
+    reply_to: Option<ReplyAddress>,
+) -> Request {
+    let mut request = Request::new(Deadline::after(budget), body);
+    request.reply_to = reply_to;
+    request
+}
+
+/// The request on its way, as a client would send it.
+pub(crate) fn outbound(service: &ServiceName, request: Request) -> Outbound {
+    Outbound::Request {
+        service: service.clone(),
+        request,
+        expect_responder: false,
+        ticket: Ticket::new(),
+    }
+}
+
+/// Sends a request by the bare transport.
+pub(crate) async fn send(
+    transport: &Arc<dyn Transport>,
+    service: &ServiceName,
+    request: Request,
+) -> Verdict {
+    ok("send a request", transport.send(outbound(service, request))).await
+}
+
+/// Sends a reply by the bare transport.
+pub(crate) async fn send_reply(
+    transport: &Arc<dyn Transport>,
+    to: ReplyAddress,
+    reply: Reply,
+) -> Verdict {
+    ok(
+        "send a reply",
+        transport.send(Outbound::Reply { to, reply }),
+    )
+    .await
+}
+
+/// A bare subscription, one delivery at a time.
+#[derive(Debug)]
+pub(crate) struct Requests {
+    subscription: Box<dyn Subscription>,
+    buffer: VecDeque<Delivery>,
+}
+
+impl Requests {
+    pub(crate) async fn shared(
+        transport: &Arc<dyn Transport>,
+        service: &ServiceName,
+        prefetch: usize,
+    ) -> Verdict<Self> {
+        Self::subscribe(transport, service, SubscribeOptions::shared(prefetch)).await
+    }
+
+    pub(crate) async fn subscribe(
+        transport: &Arc<dyn Transport>,
+        service: &ServiceName,
+        options: SubscribeOptions,
+    ) -> Verdict<Self> {
+        Ok(Self::new(
+            ok("subscribe", transport.subscribe(service, options)).await?,
+        ))
+    }
+
+    pub(crate) fn new(subscription: Box<dyn Subscription>) -> Self {
+        Self {
+            subscription,
+            buffer: VecDeque::new(),
+        }
+    }
+
+    /// The next delivery, which comes promptly.
+    pub(crate) async fn next(&mut self, step: &str) -> Verdict<Delivery> {
+        self.next_within(step, PROMPT).await
+    }
+
+    pub(crate) async fn next_within(&mut self, step: &str, limit: Duration) -> Verdict<Delivery> {
+        match within(
+            &format!("{step}: wait for a delivery"),
+            limit,
+            self.receive(),
+        )
+        .await?
+        {
+            Ok(delivery) => Ok(delivery),
+            Err(error) => Err(Stop::failed(
+                step,
+                format!("the subscription goes on, but it ended: {error}"),
+            )),
+        }
+    }
+
+    /// Checks that nothing is delivered for a while.
+    pub(crate) async fn none_for(&mut self, step: &str, pause: Duration) -> Verdict {
+        match timeout(pause, self.receive()).await {
+            Err(_) | Ok(Err(_)) => Ok(()),
+            Ok(Ok(delivery)) => {
+                let (id, attempt) = (delivery.request.id, delivery.attempt);
+                Err(Stop::failed(
+                    step,
+                    format!("nothing is delivered, but {id}, attempt {attempt}, was"),
+                ))
+            }
+        }
+    }
+
+    /// The next delivery, or how the subscription ended.
+    pub(crate) async fn receive(&mut self) -> Result<Delivery, Error> {
+        loop {
+            if let Some(delivery) = self.buffer.pop_front() {
+                return Ok(delivery);
+            }
+            match self.subscription.recv().await {
+                SubscriptionEvent::Deliveries(deliveries) => self.buffer.extend(deliveries),
+                SubscriptionEvent::Closed(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Stops taking; what was received and not looked at stays in hand.
+    pub(crate) async fn stop(&mut self) -> Verdict {
+        within("stop the subscription", PROMPT, self.subscription.stop()).await
+    }
+}
+
+/// Answers a delivery with a body.
+pub(crate) async fn answer(delivery: Delivery, body: impl Into<bytes::Bytes>) -> Verdict {
+    let reply = delivery
+        .request
+        .reply_to
+        .is_some()
+        .then(|| Reply::value(delivery.request.id.clone(), body));
+    ok("reply to a delivery", delivery.reply(reply)).await
+}
+
+/// The address that a delivery's caller gave.
+pub(crate) fn caller(delivery: &Delivery) -> Verdict<ReplyAddress> {
+    let address = delivery.request.reply_to.clone();
+    address.ok_or_else(|| {
+        Stop::failed(
+            "read the request",
+            "a call's request carries its reply address",
+        )
+    })
+}
+
+/// A bare inbox, one reply at a time.
+#[derive(Debug)]
+pub(crate) struct Inbox {
+    inbox: Box<dyn antiphon_core::transport::Inbox>,
+    buffer: VecDeque<Incoming>,
+}
+
+impl Inbox {
+    pub(crate) async fn open(transport: &Arc<dyn Transport>) -> Verdict<Self> {
+        Ok(Self {
+            inbox: ok("open an inbox", transport.open_inbox()).await?,
+            buffer: VecDeque::new(),
+        })
+    }
+
+    pub(crate) fn address(&self) -> ReplyAddress {
+        self.inbox.address()
+    }
+
+    /// The next reply, which comes promptly.
+    pub(crate) async fn next(&mut self, step: &str) -> Verdict<Reply> {
+        self.next_within(step, PROMPT).await
+    }
+
+    pub(crate) async fn next_within(&mut self, step: &str, limit: Duration) -> Verdict<Reply> {
+        let received = within(&format!("{step}: wait at the inbox"), limit, self.receive()).await?;
+        received.map_err(|event| Stop::failed(step, format!("a reply arrives, not: {event}")))
+    }
+
+    /// The next reply, or what came instead.
+    async fn receive(&mut self) -> Result<Reply, String> {
+        loop {
+            match self.buffer.pop_front() {
+                Some(Incoming::Reply(reply)) => return Ok(reply),
+                Some(other) => return Err(format!("{other:?}")),
+                None => {}
+            }
+            match self.inbox.recv().await {
+                InboxEvent::Replies(replies) => self.buffer.extend(replies),
+                other => return Err(format!("{other:?}")),
+            }
+        }
+    }
+}
+
+/// The value of a call that runs in a task of its own; it ends well within [`PROMPT`].
+pub(crate) async fn joined<T>(
+    step: &str,
+    task: tokio::task::JoinHandle<Result<T, Error>>,
+) -> Verdict<T> {
+    ended(step, PROMPT, task)
+        .await?
+        .map_err(|error| Stop::error(step, &error))
+}
+
+/// The result of a call that runs in a task of its own.
+pub(crate) async fn ended<T>(
+    step: &str,
+    limit: Duration,
+    task: tokio::task::JoinHandle<Result<T, Error>>,
+) -> Verdict<Result<T, Error>> {
+    within(step, limit, task)
+        .await?
+        .map_err(|error| Stop::failed(step, format!("it does not panic, but: {error}")))
+}
+
+/// Waits until a transport has noticed that its connection is lost.
+pub(crate) async fn until_disconnected(transport: &Arc<dyn Transport>) -> Verdict {
+    let lost = |state: &ConnectionState| !matches!(state, ConnectionState::Connected);
+    until_state(
+        "the transport says that its connection is lost",
+        transport,
+        lost,
+    )
+    .await
+}
+
+/// Waits until a transport is connected.
+pub(crate) async fn until_connected(transport: &Arc<dyn Transport>) -> Verdict {
+    let found = |state: &ConnectionState| matches!(state, ConnectionState::Connected);
+    until_state(
+        "the transport says that it is connected again",
+        transport,
+        found,
+    )
+    .await
+}

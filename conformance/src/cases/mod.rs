@@ -1,0 +1,57 @@
+//! The cases, one file per group.
+
+mod close;
+mod competing;
+mod correlation;
+mod deadlines;
+mod exclusive;
+mod faults;
+mod leaks;
+mod no_responder;
+mod payload;
+mod reconnect;
+mod redelivery;
+mod round_trip;
+
+use crate::case::{Case, Promise};
+
+const GROUPS: &[&[Case]] = &[
+    round_trip::CASES,
+    correlation::CASES,
+    deadlines::CASES,
+    no_responder::CASES,
+    faults::CASES,
+    payload::CASES,
+    competing::CASES,
+    redelivery::CASES,
+    exclusive::CASES,
+    leaks::CASES,
+    close::CASES,
+    reconnect::CASES,
+];
+
+/// A case of the suite.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct CaseInfo {
+    /// `group/case`. Stable.
+    pub name: &'static str,
+    /// The promise that it checks.
+    pub promise: Promise,
+}
+
+/// All cases, in the order of the report.
+#[must_use]
+pub fn all() -> Vec<CaseInfo> {
+    table()
+        .into_iter()
+        .map(|case| CaseInfo {
+            name: case.name,
+            promise: case.promise,
+        })
+        .collect()
+}
+
+pub(crate) fn table() -> Vec<&'static Case> {
+    GROUPS.iter().copied().flatten().collect()
+}

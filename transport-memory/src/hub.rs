@@ -218,6 +218,12 @@ impl Hub {
             .sweep(&self.config);
     }
 
+    #[cfg(feature = "conformance")]
+    pub(crate) fn has_inbox(&self, address: &ReplyAddress) -> bool {
+        let inboxes = self.inboxes.read().unwrap_or_else(PoisonError::into_inner);
+        inboxes.contains_key(address)
+    }
+
     pub(crate) fn inbox_count(&self) -> usize {
         self.inboxes
             .read()

@@ -5,6 +5,8 @@ mod broker;
 mod config;
 mod connection;
 mod faults;
+#[cfg(feature = "conformance")]
+mod harness;
 mod hub;
 mod inbox;
 mod queue;
@@ -15,6 +17,8 @@ mod transport;
 
 pub use broker::{DeadLetter, MemoryBroker, ServiceStats, Stats};
 pub use config::MemoryConfig;
+#[cfg(feature = "conformance")]
+pub use harness::MemoryHarness;
 pub use transport::MemoryTransport;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -46,6 +46,11 @@ impl Container {
             .get_host()
             .await
             .map_err(|error| failed(image, &error))?;
+        // By name it might be tried over IPv6 first.
+        let host = match host.to_string() {
+            local if local == "localhost" => "127.0.0.1".to_owned(),
+            host => host,
+        };
         let this = Self {
             kind: options.kind,
             container,
@@ -217,7 +222,7 @@ impl Drop for Watchdog {
     fn drop(&mut self) {
         // The container was removed by its own drop, which comes first: it is declared before this.
         if let Some(mut pipe) = self.0.stdin.take() {
-            let _ = std::io::Write::write_all(&mut pipe, b"done\n");
+            let _ = io::Write::write_all(&mut pipe, b"done\n");
         }
         let _ = self.0.wait();
     }

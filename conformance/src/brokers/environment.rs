@@ -15,10 +15,23 @@ pub(super) enum Source {
     Process,
 }
 
-/// True if `ANTIPHON_REQUIRE_BROKERS` is `1`: a test that finds no broker must fail.
+/// True if `ANTIPHON_REQUIRE_BROKERS` is `1`: a test that finds no broker must fail. (Valkey is required only if
+/// `ANTIPHON_VALKEY_URL` or `ANTIPHON_VALKEY_IMAGE` is set as well.)
 #[must_use]
 pub fn required() -> bool {
     env::var("ANTIPHON_REQUIRE_BROKERS").is_ok_and(|value| value == "1")
+}
+
+/// True if a test of this kind of broker must fail where there is none. Few machines have Valkey, which to a client is
+/// Redis: it is required only where it is named.
+pub(super) fn is_required(kind: BrokerKind) -> bool {
+    let names = names(kind);
+    let named = || {
+        [names.url, names.image]
+            .iter()
+            .any(|name| env::var_os(name).is_some())
+    };
+    required() && (kind != BrokerKind::Valkey || named())
 }
 
 /// Where to look for a broker, in this order.

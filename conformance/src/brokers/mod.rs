@@ -148,8 +148,8 @@ impl Unavailable {
         &self.reason
     }
 
-    /// True if the tests that need the broker must fail, not be shown as not run: `ANTIPHON_REQUIRE_BROKERS=1` is set,
-    /// or a broker was asked for by URL and does not answer.
+    /// True if the tests that need the broker must fail, not be shown as not run: [`required`] says so, or a broker
+    /// was asked for by URL and does not answer.
     #[must_use]
     pub fn is_failure(&self) -> bool {
         self.failure
@@ -176,7 +176,7 @@ pub async fn start(options: BrokerOptions) -> Result<Broker, Unavailable> {
     let unavailable = |reason: String, asked: bool| Unavailable {
         kind,
         reason,
-        failure: asked || required(),
+        failure: asked || environment::is_required(kind),
     };
     let sources = environment::sources(kind).map_err(|reason| unavailable(reason, true))?;
     let mut reasons = Vec::new();
@@ -338,7 +338,7 @@ impl Broker {
             Runtime::Redis(process) => process.resume().await,
             Runtime::RabbitMq(process) => process.resume().await,
             #[cfg(feature = "containers")]
-            Runtime::Container(container) => container.resume(&self.url).await,
+            Runtime::Container(container) => container.resume().await,
         }
     }
 

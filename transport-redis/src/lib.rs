@@ -1,1 +1,37 @@
 #![doc = include_str!("../README.md")]
+#![forbid(unsafe_code)]
+
+mod claim;
+mod clock;
+mod completer;
+mod config;
+mod connection;
+mod error;
+mod frame;
+mod inbox;
+mod isolation;
+mod lease;
+mod monitor;
+mod naming;
+mod scripts;
+mod sender;
+mod server_check;
+mod session;
+mod settlement;
+mod subscription;
+mod taker;
+mod transport;
+
+use std::time::Duration;
+
+pub use config::RedisConfig;
+pub use transport::RedisTransport;
+
+/// How long one blocking read waits at the broker.
+const BLOCK: Duration = Duration::from_secs(5);
+
+/// How long after a lost connection its last blocking read may still be waiting at the broker.
+const GHOST: Duration = Duration::from_secs(7);
+
+/// How long work without a deadline, and what nobody came back for, is kept.
+const QUEUE_TTL: Duration = Duration::from_secs(24 * 3600);

@@ -1,0 +1,230 @@
+//! From what a claim answered to deliveries.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use antiphon_core::{Code, Deadline, Fault, Reply};
+use bytes::Bytes;
+use redis::{Pipeline, Value};
+use tokio::time::Instant;
+
+use crate::QUEUE_TTL;
+use crate::frame::{self, BadFrame, RequestFrame};
+use crate::naming::InboxKeys;
+use crate::session::{Session, Token};
+use crate::settlement::{Hold, RedisSettlement};
+use crate::subscription::Taken;
+use crate::taker::executed;
+use crate::transport::Shared;
+
+/// The most large bodies that are fetched in one trip.
+const FETCH: usize = 8;
+
+/// What a claim answered.
+#[derive(Debug)]
+pub(crate) struct Claimed {
+    /// There was more fresh work.
+    pub(crate) fresh_left: bool,
+    /// There was more work that came back.
+    pub(crate) returned_left: bool,
+    /// The attempt of work that came back; 0 for fresh work.
+    pub(crate) attempt: u32,
+    pub(crate) frames: Vec<Bytes>,
+}
+
+impl Claimed {
+    pub(crate) fn parse(answer: Value) -> Option<Self> {
+        let Value::Array(parts) = answer else {
+            return None;
+        };
+        let mut parts = parts.into_iter();
+        let mut number = || match parts.next() {
+            Some(Value::Int(number)) => Some(number),
+            _ => None,
+        };
+        let (fresh, returned, attempt) = (number()?, number()?, number()?);
+        let frame = |part| match part {
+            Value::BulkString(frame) => Some(Bytes::from(frame)),
+            _ => None,
+        };
+        Some(Self {
+            fresh_left: fresh > 0,
+            returned_left: returned > 0,
+            attempt: u32::try_from(attempt).ok()?,
+            frames: parts.map(frame).collect::<Option<_>>()?,
+        })
+    }
+}
+
+/// What was decoded, and where its body is.
+struct Decoded {
+    taken: Taken,
+    apart: Option<String>,
+}
+
+/// Decodes what was claimed at `now`, by the clock of Redis. What cannot be decoded is buried, and its caller told.
+pub(crate) async fn deliveries(
+    shared: &Arc<Shared>,
+    session: &Arc<Session>,
+    work: Vec<(Token, Bytes)>,
+    now: u64,
+) -> Vec<Taken> {
+    let mut decoded = Vec::with_capacity(work.len());
+    let mut any_apart = false;
+    for (token, frame) in work {
+        let hold = Hold {
+            shared: Arc::clone(shared),
+            session: Arc::clone(session),
+            token,
+            reply_to: None,
+            body: None,
+            keep: QUEUE_TTL,
+            received: false,
+        };
+        match frame::decode_request(&frame) {
+            Ok(frame) => {
+                any_apart |= frame.apart.is_some();
+                decoded.extend(take(hold, frame, now));
+            }
+            Err(bad) => bury(hold, &bad),
+        }
+    }
+    if any_apart {
+        fetch(shared, &mut decoded).await;
+    }
+    decoded.into_iter().map(|decoded| decoded.taken).collect()
+}
+
+fn take(mut hold: Hold, frame: RequestFrame, now: u64) -> Option<Decoded> {
+    let RequestFrame {
+        mut request,
+        expiry,
+        apart,
+    } = frame;
+    if let Some(address) = &request.reply_to {
+        // Before anything is done with it: an address is the name of a key.
+        hold.reply_to = InboxKeys::parse(address);
+        if hold.reply_to.is_none() {
+            let reason = "the reply address is not one of this transport".to_owned();
+            bury(
+                hold,
+                &BadFrame {
+                    id: None,
+                    reply_to: None,
+                    reason,
+                },
+            );
+            return None;
+        }
+    }
+    // Without a point in time the budget counts from now.
+    let left = match expiry.at {
+        Some(at) => Some(Duration::from_millis(at.saturating_sub(now))),
+        None => expiry.budget.map(Duration::from_millis),
+    };
+    if let (Some(left), Some(deadline), None) = (left, request.deadline, expiry.budget) {
+        request.deadline = Some(Deadline {
+            budget: left,
+            ..deadline
+        });
+    }
+    if let Some(left) = left {
+        hold.keep = left
+            .saturating_add(hold.shared.config.inbox_ttl)
+            .min(QUEUE_TTL);
+    }
+    let apart = apart.map(|id| hold.session.keys.body(&id));
+    hold.body = apart.clone();
+    let started = Instant::now();
+    let expires = left.map(|left| started.checked_add(left).unwrap_or(started + QUEUE_TTL));
+    let (attempt, lease) = (hold.token.attempt, hold.session.lease.clone());
+    let settlement = RedisSettlement::new(hold);
+    Some(Decoded {
+        taken: Taken {
+            request,
+            attempt,
+            expires,
+            lease,
+            settlement,
+        },
+        apart,
+    })
+}
+
+fn bury(mut hold: Hold, bad: &BadFrame) {
+    hold.reply_to = bad.reply_to.as_ref().and_then(InboxKeys::parse);
+    let executed = executed(hold.token.attempt);
+    let reply = bad.id.clone().map(|id| {
+        let message = format!("the request cannot be decoded: {}", bad.reason);
+        Reply::fault(id, Fault::new(Code::InvalidArgument, message), executed)
+    });
+    tracing::warn!(
+        queue = hold.session.keys.queue,
+        reason = bad.reason,
+        "a request was buried"
+    );
+    RedisSettlement::new(hold).bury(&format!("undecodable: {}", bad.reason), reply.as_ref());
+}
+
+/// Fetches the bodies that have their own keys.
+async fn fetch(shared: &Arc<Shared>, decoded: &mut Vec<Decoded>) {
+    let mut whole = Vec::with_capacity(decoded.len());
+    let mut waiting = Vec::new();
+    for (index, decoded) in decoded.drain(..).enumerate() {
+        match &decoded.apart {
+            Some(_) => waiting.push((index, decoded)),
+            None => whole.push((index, decoded)),
+        }
+    }
+    while !waiting.is_empty() {
+        let few: Vec<(usize, Decoded)> = waiting.drain(..waiting.len().min(FETCH)).collect();
+        let mut pipeline = Pipeline::new();
+        for (_, decoded) in &few {
+            pipeline.cmd("GET").arg(&decoded.apart);
+        }
+        // Dropped, what is not fetched goes back.
+        let Some(mut live) = shared.link.clone().ready(&shared.ending).await else {
+            break;
+        };
+        let Ok(answers) = live.execute(&pipeline).await else {
+            if few
+                .iter()
+                .any(|(_, decoded)| !decoded.taken.lease.is_cancelled())
+            {
+                waiting.extend(few);
+            }
+            continue;
+        };
+        for ((index, mut decoded), answer) in few.into_iter().zip(answers) {
+            match answer {
+                Value::BulkString(body) => {
+                    decoded.taken.request.body = body.into();
+                    whole.push((index, decoded));
+                }
+                // It expired with the request, which nobody will start.
+                _ if decoded
+                    .taken
+                    .expires
+                    .is_some_and(|expires| expires <= Instant::now()) =>
+                {
+                    whole.push((index, decoded))
+                }
+                _ => {
+                    let Taken {
+                        request,
+                        attempt,
+                        settlement,
+                        ..
+                    } = decoded.taken;
+                    let fault = Fault::new(Code::DataLoss, "the broker lost the request's body");
+                    settlement.bury(
+                        "its body is gone",
+                        Some(&Reply::fault(request.id, fault, executed(attempt))),
+                    );
+                }
+            }
+        }
+    }
+    whole.sort_by_key(|(index, _)| *index);
+    decoded.extend(whole.into_iter().map(|(_, decoded)| decoded));
+}

@@ -1,0 +1,349 @@
+//! Connections to Redis, and the shared one that is made again when it breaks.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use antiphon_core::{ConnectionState, Error, ErrorKind};
+use redis::ServerErrorKind;
+use redis::aio::MultiplexedConnection;
+use redis::io::tcp::TcpSettings;
+use redis::{
+    AsyncConnectionConfig, Pipeline, ProtocolVersion, PushInfo, PushKind, RedisError, RedisResult,
+    Value,
+};
+use tokio::sync::watch;
+use tokio::time::{Instant, timeout, timeout_at};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::clock::Clock;
+use crate::config::RedisConfig;
+use crate::{error, scripts};
+
+/// The most time for one attempt to connect, after the first.
+const ATTEMPT: Duration = Duration::from_secs(2);
+
+/// The most time for an answer to anything that does not block; a socket that is slower is given up.
+pub(crate) const ANSWER: Duration = Duration::from_secs(5);
+
+/// The longest pause between two attempts to connect.
+const PAUSE_MAX: Duration = Duration::from_secs(1);
+
+/// Makes connections.
+#[derive(Debug)]
+pub(crate) struct Connector(redis::Client);
+
+impl Connector {
+    pub(crate) fn new(config: &RedisConfig) -> Result<Self, Error> {
+        let info = config.connection_info()?;
+        // Without nodelay a small command waits for the acknowledgement of the one before. RESP3 tells of a lost
+        // connection without waiting for the next command.
+        let redis = info
+            .redis_settings()
+            .clone()
+            .set_protocol(ProtocolVersion::RESP3);
+        let info = info
+            .set_tcp_settings(TcpSettings::default().set_nodelay(true))
+            .set_redis_settings(redis);
+        redis::Client::open(info).map(Self).map_err(|_| {
+            Error::not_executed(
+                ErrorKind::Invalid,
+                "the redis crate does not take the address",
+            )
+        })
+    }
+
+    /// A connection, its time of answering bounded, and a token that is cancelled when it breaks.
+    pub(crate) async fn open(&self, answer: Duration) -> RedisResult<Live> {
+        let broken = CancellationToken::new();
+        let on_push = broken.clone();
+        let config = AsyncConnectionConfig::new()
+            .set_connection_timeout(Some(ATTEMPT))
+            .set_response_timeout(Some(answer))
+            .set_push_sender(move |push: PushInfo| {
+                if push.kind == PushKind::Disconnection {
+                    on_push.cancel();
+                }
+                Ok::<(), ()>(())
+            });
+        let opening = self.0.get_multiplexed_async_connection_with_config(&config);
+        // The crate's own timeout does not cover the greeting.
+        let connection = timeout(ATTEMPT, opening).await.map_err(|_| timed_out())??;
+        Ok(Live { connection, broken })
+    }
+
+    /// A connection for a thread outside of the runtime.
+    pub(crate) fn open_for_thread(&self, answer: Duration) -> RedisResult<redis::Connection> {
+        let connection = self.0.get_connection_with_timeout(ATTEMPT.min(answer))?;
+        connection.set_read_timeout(Some(answer))?;
+        connection.set_write_timeout(Some(answer))?;
+        Ok(connection)
+    }
+
+    /// Connects, trying until it succeeds; `None` once `ending`.
+    pub(crate) async fn open_patiently(
+        &self,
+        answer: Duration,
+        ending: &CancellationToken,
+    ) -> Option<Live> {
+        let mut backoff = Backoff::default();
+        loop {
+            let opened = ending.run_until_cancelled(self.open(answer)).await?;
+            match opened {
+                Ok(live) => return Some(live),
+                Err(error) => tracing::debug!(%error, "cannot connect to Redis"),
+            }
+            ending.run_until_cancelled(backoff.pause()).await?;
+        }
+    }
+}
+
+/// A connection that may break.
+#[derive(Clone)]
+pub(crate) struct Live {
+    connection: MultiplexedConnection,
+    pub(crate) broken: CancellationToken,
+}
+
+impl Live {
+    /// Runs commands in one trip, and gives each one's answer, errors of the server among them. A connection on which it
+    /// fails is given up.
+    pub(crate) async fn execute(&mut self, pipeline: &Pipeline) -> RedisResult<Vec<Value>> {
+        let answers = execute(&mut self.connection, pipeline).await;
+        if answers.is_err() {
+            self.broken.cancel();
+        }
+        answers
+    }
+}
+
+async fn execute(
+    connection: &mut MultiplexedConnection,
+    pipeline: &Pipeline,
+) -> RedisResult<Vec<Value>> {
+    let mut answers = execute_as_is(connection, pipeline).await?;
+    if answers.iter().any(is_missing_script) {
+        // The server was restarted, or its scripts were flushed. A missing script did nothing, so it is called again;
+        // all else in the pipeline was done.
+        scripts::load(connection).await?;
+        let mut again = Pipeline::new();
+        for (command, answer) in pipeline.cmd_iter().zip(&answers) {
+            if is_missing_script(answer) {
+                again.add_command(command.clone());
+            }
+        }
+        let mut repeated = execute_as_is(connection, &again).await?.into_iter();
+        for answer in answers
+            .iter_mut()
+            .filter(|answer| is_missing_script(answer))
+        {
+            *answer = repeated.next().unwrap_or_default();
+        }
+    }
+    Ok(answers)
+}
+
+pub(crate) async fn execute_as_is(
+    connection: &mut MultiplexedConnection,
+    pipeline: &Pipeline,
+) -> RedisResult<Vec<Value>> {
+    let answers = connection
+        .send_packed_commands(pipeline, 0, pipeline.len())
+        .await?;
+    if answers.len() == pipeline.len() {
+        Ok(answers)
+    } else {
+        Err(timed_out())
+    }
+}
+
+fn is_missing_script(value: &Value) -> bool {
+    matches!(value, Value::ServerError(error) if error.kind() == Some(ServerErrorKind::NoScript))
+}
+
+fn timed_out() -> RedisError {
+    RedisError::from(std::io::Error::from(std::io::ErrorKind::TimedOut))
+}
+
+/// The shared connection: of the sends, the settlements and the housekeeping.
+#[derive(Clone, Debug)]
+pub(crate) struct Link(watch::Receiver<Option<Live>>);
+
+impl Link {
+    /// The connection, when there is one; `None` once `ending`.
+    pub(crate) async fn ready(&mut self, ending: &CancellationToken) -> Option<Live> {
+        let live = ending
+            .run_until_cancelled(self.0.wait_for(Option::is_some))
+            .await?
+            .ok()?;
+        live.clone()
+    }
+
+    /// The connection, if there is one now.
+    pub(crate) fn now(&self) -> Option<Live> {
+        self.0.borrow().clone()
+    }
+
+    /// Runs commands on the connection, if there is one now; for housekeeping, which the next one may do as well.
+    pub(crate) async fn try_execute(&self, pipeline: &Pipeline) -> Option<Vec<Value>> {
+        self.now()?.execute(pipeline).await.ok()
+    }
+}
+
+/// The first connection, within the configured time: checked to be of use, with the scripts loaded.
+pub(crate) async fn connect(
+    connector: &Connector,
+    config: &RedisConfig,
+    clock: &Clock,
+) -> Result<Live, Error> {
+    let end = Instant::now() + config.connect_timeout;
+    let late = || {
+        let message = format!(
+            "cannot connect to Redis within {:?}",
+            config.connect_timeout
+        );
+        Error::not_executed(ErrorKind::Connect, message)
+    };
+    let mut backoff = Backoff::default();
+    loop {
+        let attempt = async {
+            let mut live = connector.open(ANSWER).await?;
+            prepare(&mut live, clock).await?;
+            Ok::<_, RedisError>(live)
+        };
+        match timeout_at(end, attempt).await.map_err(|_| late())? {
+            Ok(live) => return Ok(live),
+            // A server that is loading its data, or an attempt that was too slow, may do better next time.
+            Err(error)
+                if !error::is_refused(&error)
+                    && (error.code() == Some("LOADING") || error.is_timeout()) =>
+            {
+                timeout_at(end, backoff.pause()).await.map_err(|_| late())?;
+            }
+            Err(error) => return Err(error::connect(&error)),
+        }
+    }
+}
+
+/// Loads the scripts and reads the clock.
+async fn prepare(live: &mut Live, clock: &Clock) -> RedisResult<()> {
+    scripts::load(&mut live.connection).await?;
+    let mut pipeline = Pipeline::new();
+    pipeline.cmd("TIME");
+    let asked = Instant::now();
+    let answers = live.execute(&pipeline).await?;
+    clock.reset();
+    if let Some(micros) = answers.first().and_then(time_of) {
+        clock.observe(asked, Instant::now(), micros);
+    }
+    Ok(())
+}
+
+/// Keeps the shared connection alive until `ending`, and tells its state.
+pub(crate) async fn supervise(
+    connector: Arc<Connector>,
+    clock: Arc<Clock>,
+    first: Live,
+    link: watch::Sender<Option<Live>>,
+    state: Arc<watch::Sender<ConnectionState>>,
+    ending: CancellationToken,
+) {
+    let mut live = first;
+    loop {
+        if ending
+            .run_until_cancelled(live.broken.cancelled())
+            .await
+            .is_none()
+        {
+            return;
+        }
+        link.send_replace(None);
+        announce(
+            &state,
+            ConnectionState::Disconnected {
+                reason: "the connection to Redis was lost".into(),
+            },
+        );
+        tracing::info!("the connection to Redis was lost");
+        let mut backoff = Backoff::default();
+        live = loop {
+            let Some(mut opened) = connector.open_patiently(ANSWER, &ending).await else {
+                return;
+            };
+            match prepare(&mut opened, &clock).await {
+                Ok(()) => break opened,
+                Err(error) => tracing::debug!(%error, "Redis is not ready"),
+            }
+            if ending.run_until_cancelled(backoff.pause()).await.is_none() {
+                return;
+            }
+        };
+        link.send_replace(Some(live.clone()));
+        announce(&state, ConnectionState::Connected);
+        tracing::info!("connected to Redis again");
+    }
+}
+
+/// Sets the state, unless it is closed, which it stays.
+fn announce(state: &watch::Sender<ConnectionState>, new: ConnectionState) {
+    state.send_if_modified(|state| {
+        let changes = *state != ConnectionState::Closed && *state != new;
+        if changes {
+            *state = new;
+        }
+        changes
+    });
+}
+
+pub(crate) fn link(first: Live) -> (watch::Sender<Option<Live>>, Link) {
+    let (sender, receiver) = watch::channel(Some(first));
+    (sender, Link(receiver))
+}
+
+/// The microseconds since the epoch in an answer to TIME.
+pub(crate) fn time_of(value: &Value) -> Option<u64> {
+    let Value::Array(parts) = value else {
+        return None;
+    };
+    let number = |value: &Value| match value {
+        Value::BulkString(digits) => std::str::from_utf8(digits).ok()?.parse::<u64>().ok(),
+        _ => None,
+    };
+    match parts.as_slice() {
+        [seconds, micros] => number(seconds)?
+            .checked_mul(1_000_000)?
+            .checked_add(number(micros)?),
+        _ => None,
+    }
+}
+
+/// Pauses between attempts: a random part of a span that doubles from 50 ms to 1 s, so that many clients do not come back
+/// at once.
+#[derive(Debug, Default)]
+pub(crate) struct Backoff(u32);
+
+impl Backoff {
+    pub(crate) async fn pause(&mut self) {
+        tokio::time::sleep(self.next()).await;
+    }
+
+    pub(crate) fn next(&mut self) -> Duration {
+        let span = PAUSE_MAX.min(Duration::from_millis(50) * (1 << self.0.min(8)));
+        self.0 += 1;
+        random_part(span)
+    }
+}
+
+/// A random duration below `span`.
+pub(crate) fn random_part(span: Duration) -> Duration {
+    let nanos = span.as_nanos().max(1);
+    Duration::from_nanos(u64::try_from(Uuid::new_v4().as_u128() % nanos).unwrap_or(0))
+}
+
+impl std::fmt::Debug for Live {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Live")
+            .field("broken", &self.broken.is_cancelled())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,555 @@
+//! The frame: one line of JSON, a newline, the body as raw bytes.
+//!
+//! Requests: `v` version (1), `id`, `to` reply address, `exp` the deadline in Redis milliseconds, `ttl` the budget in
+//! milliseconds, `m` method, `ct` content type, `h` headers, `at` the id of the body's own key. Replies: `v`, `id`, `ct`,
+//! `h`, `at`, and for a fault `err` and `ran`. What has its default is left out; what is not known is ignored.
+
+use std::borrow::Cow;
+use std::fmt::{self, Write as _};
+use std::io::Write as _;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use antiphon_core::{
+    ContentType, CorrelationId, Deadline, Error, Executed, Fault, Headers, Method, Outcome, Reply,
+    ReplyAddress, Request,
+};
+use bytes::Bytes;
+use serde::de::{MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
+
+use crate::naming;
+
+const VERSION: u32 = 1;
+
+/// When a request expires, as it is on the wire.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Expiry {
+    /// By the clock of Redis, in milliseconds since the epoch.
+    pub(crate) at: Option<u64>,
+    /// What was left when it was sent, in milliseconds.
+    pub(crate) budget: Option<u64>,
+}
+
+/// A request as it was on the wire.
+#[derive(Debug)]
+pub(crate) struct RequestFrame {
+    /// The request; its body is empty if it is apart.
+    pub(crate) request: Request,
+    pub(crate) expiry: Expiry,
+    /// The id of the key that holds the body.
+    pub(crate) apart: Option<String>,
+}
+
+/// A reply as it was on the wire.
+#[derive(Debug)]
+pub(crate) struct ReplyFrame {
+    /// The reply; its body is empty if it is apart.
+    pub(crate) reply: Reply,
+    /// The id of the key that holds the body.
+    pub(crate) apart: Option<String>,
+}
+
+/// Something that is not a frame, and what could be read of it.
+#[derive(Debug)]
+pub(crate) struct BadFrame {
+    pub(crate) id: Option<CorrelationId>,
+    pub(crate) reply_to: Option<ReplyAddress>,
+    pub(crate) reason: String,
+}
+
+/// A request's frame; with `apart`, its body is in the key of that id.
+pub(crate) fn encode_request(request: &Request, expiry: Expiry, apart: Option<&str>) -> Vec<u8> {
+    let mut line = Line::new(
+        &request.id,
+        if apart.is_some() {
+            0
+        } else {
+            request.body.len()
+        },
+    );
+    if let Some(reply_to) = &request.reply_to {
+        line.text("to", reply_to.as_str());
+    }
+    if let Some(at) = expiry.at {
+        line.number("exp", at);
+    }
+    if let Some(budget) = expiry.budget {
+        line.number("ttl", budget);
+    }
+    if let Some(method) = &request.method {
+        line.text("m", method.as_str());
+    }
+    line.common(request.content_type.as_ref(), &request.headers, apart);
+    line.end(if apart.is_some() { &[] } else { &request.body })
+}
+
+/// A reply's frame; with `apart`, its body is in the key of that id.
+pub(crate) fn encode_reply(reply: &Reply, apart: Option<&str>) -> Vec<u8> {
+    let mut line = Line::new(
+        &reply.id,
+        if apart.is_some() { 0 } else { reply.body.len() },
+    );
+    if let Outcome::Fault { fault, executed } = &reply.outcome {
+        // A fault is made of text and numbers only, so it always has a JSON form.
+        line.raw(
+            "err",
+            &serde_json::to_vec(fault).unwrap_or_else(|_| b"{\"code\":\"unknown\"}".to_vec()),
+        );
+        line.text("ran", executed.as_str());
+    }
+    line.common(reply.content_type.as_ref(), &reply.headers, apart);
+    line.end(if apart.is_some() { &[] } else { &reply.body })
+}
+
+/// Reads a request.
+pub(crate) fn decode_request(frame: &Bytes) -> Result<RequestFrame, BadFrame> {
+    let (line, body) = split(frame);
+    let head: RequestHead<'_> = serde_json::from_slice(line).map_err(|error| bad(line, &error))?;
+    let convert = || -> Result<RequestFrame, Error> {
+        check_version(head.v)?;
+        let expiry = Expiry {
+            at: head.exp,
+            budget: head.ttl,
+        };
+        Ok(RequestFrame {
+            request: Request {
+                id: CorrelationId::parse(&head.id)?,
+                reply_to: head.to.as_deref().map(ReplyAddress::new).transpose()?,
+                deadline: deadline(expiry),
+                method: head.m.as_deref().map(Method::new).transpose()?,
+                headers: headers(&head.h)?,
+                content_type: head.ct.as_deref().map(ContentType::new).transpose()?,
+                body,
+            },
+            expiry,
+            apart: apart(head.at.as_deref())?,
+        })
+    };
+    convert().map_err(|error| bad(line, &error.message()))
+}
+
+/// Reads a reply.
+pub(crate) fn decode_reply(frame: &Bytes) -> Result<ReplyFrame, BadFrame> {
+    let (line, body) = split(frame);
+    let head: ReplyHead<'_> = serde_json::from_slice(line).map_err(|error| bad(line, &error))?;
+    let convert = || -> Result<ReplyFrame, Error> {
+        check_version(head.v)?;
+        let executed = head.ran.as_deref().map_or(Executed::Maybe, Executed::parse);
+        Ok(ReplyFrame {
+            reply: Reply {
+                id: CorrelationId::parse(&head.id)?,
+                outcome: head
+                    .err
+                    .clone()
+                    .map_or(Outcome::Value, |fault| Outcome::Fault { fault, executed }),
+                headers: headers(&head.h)?,
+                content_type: head.ct.as_deref().map(ContentType::new).transpose()?,
+                body,
+            },
+            apart: apart(head.at.as_deref())?,
+        })
+    };
+    convert().map_err(|error| bad(line, &error.message()))
+}
+
+/// The head of a dead letter; a newline and the frame as it was follow.
+pub(crate) fn dead_letter_head(reason: &str, attempt: u32, at: u64) -> Vec<u8> {
+    let mut head = format!("{{\"v\":{VERSION},\"attempt\":{attempt},\"at\":{at}").into_bytes();
+    head.extend_from_slice(b",\"reason\":");
+    write_text(&mut head, reason);
+    head.push(b'}');
+    head
+}
+
+/// The deadline behind an expiry, with `at` by the clock of Redis.
+fn deadline(expiry: Expiry) -> Option<Deadline> {
+    let budget = Duration::from_millis(expiry.budget.or(expiry.at.map(|_| 0))?);
+    let at = match expiry.at {
+        Some(at) => UNIX_EPOCH.checked_add(Duration::from_millis(at)),
+        None => SystemTime::now().checked_add(budget),
+    };
+    Some(Deadline {
+        at: at.unwrap_or(UNIX_EPOCH),
+        budget,
+    })
+}
+
+fn split(frame: &Bytes) -> (&[u8], Bytes) {
+    match frame.iter().position(|&byte| byte == b'\n') {
+        Some(end) => (&frame[..end], frame.slice(end + 1..)),
+        None => (frame, Bytes::new()),
+    }
+}
+
+fn check_version(version: u32) -> Result<(), Error> {
+    if version == VERSION {
+        Ok(())
+    } else {
+        Err(invalid(format!("frame version {version}")))
+    }
+}
+
+fn headers(pairs: &Pairs<'_>) -> Result<Headers, Error> {
+    let mut headers = Headers::new();
+    for (name, value) in &pairs.0 {
+        headers.insert(name, value)?;
+    }
+    Ok(headers)
+}
+
+fn apart(id: Option<&str>) -> Result<Option<String>, Error> {
+    match id {
+        Some(id) if !naming::is_random_id(id) => {
+            Err(invalid("the id of the body is not 32 hexadecimal digits"))
+        }
+        id => Ok(id.map(str::to_owned)),
+    }
+}
+
+fn invalid(message: impl Into<String>) -> Error {
+    Error::not_executed(antiphon_core::ErrorKind::Invalid, message)
+}
+
+/// What can be told of a line that is not a frame: its id and reply address, if they are there and valid.
+fn bad(line: &[u8], reason: &dyn fmt::Display) -> BadFrame {
+    let loose: serde_json::Value = serde_json::from_slice(line).unwrap_or_default();
+    let text = |name: &str| loose.get(name).and_then(serde_json::Value::as_str);
+    BadFrame {
+        id: text("id").and_then(|id| CorrelationId::parse(id).ok()),
+        reply_to: text("to").and_then(|to| ReplyAddress::new(to).ok()),
+        reason: reason.to_string(),
+    }
+}
+
+#[derive(Deserialize)]
+struct RequestHead<'a> {
+    #[serde(default = "version")]
+    v: u32,
+    #[serde(borrow)]
+    id: Cow<'a, str>,
+    #[serde(borrow, default)]
+    to: Option<Cow<'a, str>>,
+    #[serde(default)]
+    exp: Option<u64>,
+    #[serde(default)]
+    ttl: Option<u64>,
+    #[serde(borrow, default)]
+    m: Option<Cow<'a, str>>,
+    #[serde(borrow, default)]
+    ct: Option<Cow<'a, str>>,
+    #[serde(borrow, default)]
+    h: Pairs<'a>,
+    #[serde(borrow, default)]
+    at: Option<Cow<'a, str>>,
+}
+
+#[derive(Deserialize)]
+struct ReplyHead<'a> {
+    #[serde(default = "version")]
+    v: u32,
+    #[serde(borrow)]
+    id: Cow<'a, str>,
+    #[serde(default)]
+    err: Option<Fault>,
+    #[serde(borrow, default)]
+    ran: Option<Cow<'a, str>>,
+    #[serde(borrow, default)]
+    ct: Option<Cow<'a, str>>,
+    #[serde(borrow, default)]
+    h: Pairs<'a>,
+    #[serde(borrow, default)]
+    at: Option<Cow<'a, str>>,
+}
+
+fn version() -> u32 {
+    VERSION
+}
+
+/// A JSON object of texts, in its order.
+#[derive(Default)]
+struct Pairs<'a>(Vec<(Cow<'a, str>, Cow<'a, str>)>);
+
+/// A text that is borrowed where it can be: `Cow` alone is always copied inside other types.
+#[derive(Deserialize)]
+struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
+
+impl<'de: 'a, 'a> Deserialize<'de> for Pairs<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct PairsVisitor;
+
+        impl<'de> Visitor<'de> for PairsVisitor {
+            type Value = Pairs<'de>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object of texts")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut pairs = Vec::new();
+                while let Some((Text(name), Text(value))) = map.next_entry()? {
+                    pairs.push((name, value));
+                }
+                Ok(Pairs(pairs))
+            }
+        }
+
+        deserializer.deserialize_map(PairsVisitor)
+    }
+}
+
+/// The line of JSON, as it is written.
+struct Line(Vec<u8>);
+
+impl Line {
+    fn new(id: &CorrelationId, body: usize) -> Self {
+        let mut line = Vec::with_capacity(192 + body);
+        line.extend_from_slice(b"{\"v\":1,\"id\":");
+        id.with_str(|id| write_text(&mut line, id));
+        Self(line)
+    }
+
+    fn text(&mut self, name: &str, value: &str) {
+        self.name(name);
+        write_text(&mut self.0, value);
+    }
+
+    fn number(&mut self, name: &str, value: u64) {
+        self.name(name);
+        // Writing to a vector cannot fail.
+        let _ = write!(self.0, "{value}");
+    }
+
+    fn raw(&mut self, name: &str, json: &[u8]) {
+        self.name(name);
+        self.0.extend_from_slice(json);
+    }
+
+    fn common(
+        &mut self,
+        content_type: Option<&ContentType>,
+        headers: &Headers,
+        apart: Option<&str>,
+    ) {
+        if let Some(content_type) = content_type {
+            self.text("ct", content_type.as_str());
+        }
+        if !headers.is_empty() {
+            self.name("h");
+            for (index, (name, value)) in headers.iter().enumerate() {
+                self.0.push(if index == 0 { b'{' } else { b',' });
+                write_text(&mut self.0, name);
+                self.0.push(b':');
+                write_text(&mut self.0, value);
+            }
+            self.0.push(b'}');
+        }
+        if let Some(id) = apart {
+            self.text("at", id);
+        }
+    }
+
+    fn end(mut self, body: &[u8]) -> Vec<u8> {
+        self.0.extend_from_slice(b"}\n");
+        self.0.extend_from_slice(body);
+        self.0
+    }
+
+    fn name(&mut self, name: &str) {
+        self.0.extend_from_slice(b",\"");
+        self.0.extend_from_slice(name.as_bytes());
+        self.0.extend_from_slice(b"\":");
+    }
+}
+
+/// Writes a JSON string.
+fn write_text(out: &mut Vec<u8>, text: &str) {
+    out.push(b'"');
+    if text
+        .bytes()
+        .all(|byte| byte >= b' ' && byte != b'"' && byte != b'\\')
+    {
+        out.extend_from_slice(text.as_bytes());
+    } else {
+        let mut escaped = String::with_capacity(text.len() + 8);
+        for character in text.chars() {
+            match character {
+                '"' | '\\' => escaped.extend(['\\', character]),
+                // Writing to a string cannot fail.
+                control if control < ' ' => drop(write!(escaped, "\\u{:04x}", u32::from(control))),
+                plain => escaped.push(plain),
+            }
+        }
+        out.extend_from_slice(escaped.as_bytes());
+    }
+    out.push(b'"');
+}
+
+#[cfg(test)]
+mod tests {
+    use antiphon_core::Code;
+
+    use super::*;
+
+    const ID: &str = "f47ac10b-58cc-4372-a567-0e02b2c3d479";
+
+    fn request(body: &'static [u8]) -> Request {
+        Request {
+            id: CorrelationId::parse(ID).unwrap(),
+            reply_to: Some(ReplyAddress::new("{c1}:i").unwrap()),
+            deadline: None,
+            method: None,
+            headers: Headers::new(),
+            content_type: None,
+            body: Bytes::from_static(body),
+        }
+    }
+
+    #[test]
+    fn golden_request() {
+        let expiry = Expiry {
+            at: Some(1_764_000_000_000),
+            budget: Some(30_000),
+        };
+        let golden: &[u8] =
+            b"{\"v\":1,\"id\":\"f47ac10b-58cc-4372-a567-0e02b2c3d479\",\"to\":\"{c1}:i\",\
+            \"exp\":1764000000000,\"ttl\":30000}\n\x00\xff\n30";
+        assert_eq!(
+            encode_request(&request(b"\x00\xff\n30"), expiry, None),
+            golden
+        );
+        let frame = decode_request(&Bytes::from_static(golden)).unwrap();
+        assert_eq!(frame.request.id.to_string(), ID);
+        assert_eq!(frame.request.reply_to.unwrap().as_str(), "{c1}:i");
+        assert_eq!(&frame.request.body[..], b"\x00\xff\n30");
+        assert_eq!(frame.expiry, expiry);
+        assert_eq!(
+            frame.request.deadline.unwrap().budget,
+            Duration::from_secs(30)
+        );
+    }
+
+    #[test]
+    fn golden_request_with_everything() {
+        let mut full = request(b"the body is elsewhere");
+        full.id = CorrelationId::parse("a \"foreign\" \\ id").unwrap();
+        full.method = Some(Method::new("fib.fast").unwrap());
+        full.content_type = Some(ContentType::JSON);
+        full.headers.insert("b", "q\"\u{e9}").unwrap();
+        full.headers.insert("a", "1").unwrap();
+        let golden = "{\"v\":1,\"id\":\"a \\\"foreign\\\" \\\\ id\",\"to\":\"{c1}:i\",\"m\":\"fib.fast\",\
+            \"ct\":\"application/json\",\"h\":{\"b\":\"q\\\"\u{e9}\",\"a\":\"1\"},\
+            \"at\":\"0123456789abcdef0123456789abcdef\"}\n";
+        let encoded = encode_request(
+            &full,
+            Expiry::default(),
+            Some("0123456789abcdef0123456789abcdef"),
+        );
+        assert_eq!(String::from_utf8(encoded.clone()).unwrap(), golden);
+        let frame = decode_request(&Bytes::from(encoded)).unwrap();
+        assert_eq!(frame.request.id, full.id);
+        assert_eq!(frame.request.headers, full.headers);
+        assert_eq!(frame.request.method, full.method);
+        assert_eq!(frame.request.content_type, full.content_type);
+        assert_eq!(
+            frame.apart.as_deref(),
+            Some("0123456789abcdef0123456789abcdef")
+        );
+        assert!(frame.request.deadline.is_none() && frame.request.body.is_empty());
+    }
+
+    #[test]
+    fn golden_replies() {
+        let id = CorrelationId::parse(ID).unwrap();
+        let value = Reply::value(id.clone(), &b"832040"[..]);
+        let golden: &[u8] = b"{\"v\":1,\"id\":\"f47ac10b-58cc-4372-a567-0e02b2c3d479\"}\n832040";
+        assert_eq!(encode_reply(&value, None), golden);
+        let back = decode_reply(&Bytes::from_static(golden)).unwrap();
+        assert_eq!(
+            (back.reply.outcome, &back.reply.body[..]),
+            (Outcome::Value, &b"832040"[..])
+        );
+
+        let fault = Reply::fault(
+            id,
+            Fault::new(Code::OutOfRange, "n > \"93\""),
+            Executed::Yes,
+        );
+        let golden: &[u8] = b"{\"v\":1,\"id\":\"f47ac10b-58cc-4372-a567-0e02b2c3d479\",\
+            \"err\":{\"code\":\"out_of_range\",\"message\":\"n > \\\"93\\\"\"},\"ran\":\"yes\"}\n";
+        assert_eq!(encode_reply(&fault, None), golden);
+        assert_eq!(
+            decode_reply(&Bytes::from_static(golden))
+                .unwrap()
+                .reply
+                .outcome,
+            fault.outcome
+        );
+    }
+
+    #[test]
+    fn a_foreign_producer_needs_only_an_id() {
+        let frame = decode_request(&Bytes::from_static(
+            b"{\"id\": \"7\", \"to\": \"{me}:i\", \"later\": [1]}\n30",
+        ))
+        .unwrap();
+        assert_eq!(
+            (frame.expiry, frame.request.deadline),
+            (Expiry::default(), None)
+        );
+        assert_eq!(&frame.request.body[..], b"30");
+        assert!(
+            decode_request(&Bytes::from_static(b"{\"id\":\"7\"}"))
+                .unwrap()
+                .request
+                .body
+                .is_empty()
+        );
+        let budget = decode_request(&Bytes::from_static(b"{\"id\":\"7\",\"ttl\":1500}\n")).unwrap();
+        assert_eq!(
+            budget.request.deadline.unwrap().budget,
+            Duration::from_millis(1500)
+        );
+    }
+
+    #[test]
+    fn of_a_bad_frame_the_id_and_the_address_are_told_if_they_are_valid() {
+        let bad =
+            |text: &'static str| decode_request(&Bytes::from_static(text.as_bytes())).unwrap_err();
+        let newer = bad("{\"v\":2,\"id\":\"7\",\"to\":\"{me}:i\"}\n");
+        assert_eq!(newer.id.unwrap().to_string(), "7");
+        assert_eq!(newer.reply_to.unwrap().as_str(), "{me}:i");
+        assert!(newer.reason.contains("version 2"), "{}", newer.reason);
+        for text in [
+            "",
+            "\n",
+            "30",
+            "[]",
+            "{\"id\":7}",
+            "{\"id\":\"\"}",
+            "\u{1}\n{}",
+        ] {
+            assert!(bad(text).id.is_none(), "{text:?}");
+        }
+        assert!(
+            bad("{\"id\":\"7\",\"at\":\"../x\"}\n")
+                .reason
+                .contains("hexadecimal")
+        );
+        assert!(bad("{\"id\":\"7\",\"h\":{\"x-a\":\"1\"}}\n").id.is_some());
+        assert!(
+            decode_reply(&Bytes::from_static(b"{\"id\":\"7\",\"err\":1}\n"))
+                .unwrap_err()
+                .id
+                .is_some()
+        );
+    }
+
+    #[test]
+    fn golden_dead_letter_head() {
+        let head = dead_letter_head("not a\n\"frame\"", 2, 5);
+        assert_eq!(
+            String::from_utf8(head).unwrap(),
+            "{\"v\":1,\"attempt\":2,\"at\":5,\"reason\":\"not a\\u000a\\\"frame\\\"\"}"
+        );
+    }
+}

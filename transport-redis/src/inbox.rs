@@ -1,0 +1,341 @@
+//! Replies: read without popping, and forgotten when they are acknowledged.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use antiphon_core::transport::{Inbox, InboxEvent, Incoming};
+use antiphon_core::{Error, ErrorKind, ReplyAddress};
+use async_trait::async_trait;
+use bytes::Bytes;
+use redis::{Pipeline, RedisResult, Value};
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use crate::completer::millis;
+use crate::connection::{Backoff, Live};
+use crate::frame;
+use crate::naming::{self, InboxKeys};
+use crate::transport::Shared;
+use crate::{BLOCK, GHOST, error, scripts};
+
+/// The most replies of one page.
+const PAGE: usize = 256;
+
+/// After so many replies they are acknowledged,
+const ACK_REPLIES: usize = 64;
+
+/// or after so many bytes of them.
+const ACK_BYTES: usize = 256 * 1024;
+
+/// The most large bodies that are fetched in one trip.
+const FETCH: usize = 8;
+
+/// Pages that wait for the client; more stay on the broker.
+const PAGES_WAITING: usize = 4;
+
+/// A private reply address.
+#[derive(Debug)]
+pub(crate) struct RedisInbox {
+    address: ReplyAddress,
+    events: mpsc::Receiver<InboxEvent>,
+    closed: CancellationToken,
+    _dropped: DropGuard,
+}
+
+impl RedisInbox {
+    /// Opens an inbox: live as soon as its epoch is set.
+    pub(crate) async fn open(shared: &Arc<Shared>) -> Result<Self, Error> {
+        let keys = InboxKeys::random().ok_or_else(|| {
+            Error::not_executed(ErrorKind::Broker, "a random name was not a valid address")
+        })?;
+        let mut reader = Reader::new(Arc::clone(shared), keys.clone());
+        loop {
+            let mut live = shared
+                .link
+                .clone()
+                .ready(&shared.ending)
+                .await
+                .ok_or_else(error::closed)?;
+            match reader.begin(&mut live).await {
+                Ok(_) => break,
+                Err(redis) if redis.is_io_error() || live.broken.is_cancelled() => {}
+                Err(redis) => {
+                    return Err(Error::not_executed(ErrorKind::Broker, redis.to_string()));
+                }
+            }
+        }
+        let (sender, events) = mpsc::channel(PAGES_WAITING);
+        let dropped = shared.ending.child_token();
+        shared.workers.spawn(reader.run(sender, dropped.clone()));
+        Ok(Self {
+            address: keys.address().clone(),
+            events,
+            closed: shared.ending.clone(),
+            _dropped: dropped.drop_guard(),
+        })
+    }
+}
+
+#[async_trait]
+impl Inbox for RedisInbox {
+    fn address(&self) -> ReplyAddress {
+        self.address.clone()
+    }
+
+    async fn recv(&mut self) -> InboxEvent {
+        tokio::select! {
+            biased;
+            () = self.closed.cancelled() => InboxEvent::Closed(error::closed()),
+            event = self.events.recv() => event.unwrap_or_else(|| InboxEvent::Closed(error::closed())),
+        }
+    }
+}
+
+/// Reads an inbox, on a connection of its own.
+struct Reader {
+    shared: Arc<Shared>,
+    keys: InboxKeys,
+    epoch: String,
+    /// Replies read and not acknowledged.
+    read: usize,
+    bytes: usize,
+    acknowledged: Instant,
+    /// Keys of bodies that were read with them.
+    bodies: Vec<String>,
+}
+
+impl Reader {
+    fn new(shared: Arc<Shared>, keys: InboxKeys) -> Self {
+        Self {
+            shared,
+            keys,
+            epoch: String::new(),
+            read: 0,
+            bytes: 0,
+            acknowledged: Instant::now(),
+            bodies: Vec::new(),
+        }
+    }
+
+    /// Becomes the reader. True if there was one before, so that the inbox is as it was left.
+    async fn begin(&mut self, live: &mut Live) -> RedisResult<bool> {
+        self.epoch = naming::random_id();
+        self.read = 0;
+        self.bytes = 0;
+        self.bodies.clear();
+        self.acknowledged = Instant::now();
+        let mut pipeline = Pipeline::new();
+        pipeline
+            .cmd("SET")
+            .arg(self.keys.epoch())
+            .arg(&self.epoch)
+            .arg("PX")
+            .arg(self.epoch_ttl())
+            .arg("GET");
+        match live.execute(&pipeline).await?.pop() {
+            Some(Value::ServerError(error)) => Err(error.into()),
+            Some(Value::Nil) | None => Ok(false),
+            Some(_) => Ok(true),
+        }
+    }
+
+    async fn run(mut self, events: mpsc::Sender<InboxEvent>, ending: CancellationToken) {
+        let mut ghost_until = Instant::now();
+        let mut began = true;
+        let mut backoff = Backoff::default();
+        while let Some(mut live) = self
+            .shared
+            .connector
+            .open_patiently(self.block() + Duration::from_secs(2), &ending)
+            .await
+        {
+            if !began {
+                match ending.run_until_cancelled(self.begin(&mut live)).await {
+                    None => break,
+                    Some(Ok(true)) => {}
+                    Some(Ok(false)) => {
+                        if events.send(lost()).await.is_err() {
+                            break;
+                        }
+                    }
+                    Some(Err(error)) => {
+                        tracing::debug!(%error, "an inbox cannot be read");
+                        if ending.run_until_cancelled(backoff.pause()).await.is_none() {
+                            break;
+                        }
+                        continue;
+                    }
+                }
+            }
+            backoff = Backoff::default();
+            began = false;
+            match ending
+                .run_until_cancelled(self.read(live, &events, ghost_until))
+                .await
+            {
+                Some(Ok(())) | None => break,
+                Some(Err(error)) => tracing::debug!(%error, "an inbox is read again"),
+            }
+            // The lost connection may still wait at the broker, and take one ring.
+            ghost_until = Instant::now() + GHOST;
+            if ending.run_until_cancelled(backoff.pause()).await.is_none() {
+                break;
+            }
+        }
+        let mut pipeline = Pipeline::new();
+        let keys = [
+            self.keys.list().to_owned(),
+            self.keys.bell(),
+            self.keys.epoch(),
+        ];
+        pipeline.cmd("UNLINK").arg(&keys).arg(&self.bodies);
+        self.shared.link.try_execute(&pipeline).await;
+    }
+
+    /// Reads until the inbox is dropped; fails when the connection does.
+    async fn read(
+        &mut self,
+        mut live: Live,
+        events: &mpsc::Sender<InboxEvent>,
+        ghost_until: Instant,
+    ) -> RedisResult<()> {
+        let mut wait = false;
+        loop {
+            let mut pipeline = Pipeline::new();
+            let acknowledges = self.must_acknowledge();
+            if acknowledges {
+                let mut command = scripts::ACK.on(&[&self.keys.epoch(), self.keys.list()]);
+                command
+                    .arg(&self.epoch)
+                    .arg(self.read)
+                    .arg(self.epoch_ttl())
+                    .arg(millis(self.shared.config.inbox_ttl));
+                pipeline.add_command(command);
+                if !self.bodies.is_empty() {
+                    pipeline.cmd("UNLINK").arg(&self.bodies);
+                }
+                self.read = 0;
+                self.bytes = 0;
+                self.bodies.clear();
+                self.acknowledged = Instant::now();
+            }
+            if wait {
+                let block = if Instant::now() < ghost_until {
+                    self.block().min(BLOCK / 10)
+                } else {
+                    self.block()
+                };
+                pipeline
+                    .cmd("BZPOPMIN")
+                    .arg(self.keys.bell())
+                    .arg(block.as_secs_f64());
+            }
+            pipeline
+                .cmd("LRANGE")
+                .arg(self.keys.list())
+                .arg(self.read)
+                .arg(self.read + PAGE - 1);
+            let mut answers = live.execute(&pipeline).await?;
+            if acknowledges && answers.first() == Some(&Value::Int(0)) {
+                // The broker lost the inbox: by FLUSHALL, a failover, or while this host was asleep.
+                self.begin(&mut live).await?;
+                wait = false;
+                if events.send(lost()).await.is_err() {
+                    return Ok(());
+                }
+                continue;
+            }
+            let frames = match answers.pop() {
+                Some(Value::Array(frames)) => frames,
+                Some(Value::ServerError(error)) => return Err(error.into()),
+                _ => Vec::new(),
+            };
+            wait = frames.len() < PAGE;
+            if frames.is_empty() {
+                continue;
+            }
+            self.read += frames.len();
+            let replies = self.decode(frames, &mut live).await?;
+            if events.send(InboxEvent::Replies(replies)).await.is_err() {
+                return Ok(());
+            }
+        }
+    }
+
+    fn must_acknowledge(&self) -> bool {
+        // Also by time, or the inbox of a slow and steady client would expire.
+        self.read >= ACK_REPLIES
+            || self.bytes >= ACK_BYTES
+            || self.acknowledged.elapsed() >= self.block()
+    }
+
+    async fn decode(&mut self, frames: Vec<Value>, live: &mut Live) -> RedisResult<Vec<Incoming>> {
+        let mut incoming = Vec::with_capacity(frames.len());
+        let mut apart = Vec::new();
+        for frame in frames {
+            let Value::BulkString(bytes) = frame else {
+                continue;
+            };
+            self.bytes += bytes.len();
+            incoming.push(match frame::decode_reply(&Bytes::from(bytes)) {
+                Ok(frame) => {
+                    if let Some(id) = frame.apart {
+                        apart.push((incoming.len(), self.keys.body(&id)));
+                    }
+                    Incoming::Reply(frame.reply)
+                }
+                Err(bad) => Incoming::Undecodable {
+                    id: bad.id,
+                    reason: bad.reason,
+                },
+            });
+        }
+        for few in apart.chunks(FETCH) {
+            let mut pipeline = Pipeline::new();
+            for (_, key) in few {
+                pipeline.cmd("GET").arg(key);
+            }
+            for ((index, _), answer) in few.iter().zip(live.execute(&pipeline).await?) {
+                let Some(slot) = incoming.get_mut(*index) else {
+                    continue;
+                };
+                let Incoming::Reply(reply) = &mut *slot else {
+                    continue;
+                };
+                match answer {
+                    Value::BulkString(body) => {
+                        self.bytes += body.len();
+                        reply.body = body.into();
+                    }
+                    _ => {
+                        let reason = "the reply's body is gone".to_owned();
+                        *slot = Incoming::Undecodable {
+                            id: Some(reply.id.clone()),
+                            reason,
+                        };
+                    }
+                }
+            }
+        }
+        self.bodies.extend(apart.into_iter().map(|(_, key)| key));
+        Ok(incoming)
+    }
+
+    /// How long one read waits: several times in the life of the inbox.
+    fn block(&self) -> Duration {
+        BLOCK.min(self.shared.config.inbox_ttl / 4)
+    }
+
+    /// Shorter than that of the replies: while the epoch is there, so is all that arrived.
+    fn epoch_ttl(&self) -> u64 {
+        millis(self.shared.config.inbox_ttl * 3 / 4)
+    }
+}
+
+fn lost() -> InboxEvent {
+    InboxEvent::Lost(Error::maybe_executed(
+        ErrorKind::ConnectionLost,
+        "the broker lost the inbox, and replies with it",
+    ))
+}

@@ -1,0 +1,47 @@
+#!lua flags=allow-oom
+-- Takes work into the session's hands. Refused once the session no longer takes, so a claim that was delayed on a dead
+-- connection moves nothing.
+-- KEYS live, queue, returned, held, bell
+-- ARGV session, most, first token, returned work (0 none, 1 first, 2 after fresh work), ttl of held
+-- Gives -1 if refused, else {more is left, returned work is left, attempt or 0, frame...}
+local function finish(attempt, frames)
+  local fresh, returned = redis.call('EXISTS', KEYS[2]), redis.call('EXISTS', KEYS[3])
+  if fresh + returned > 0 then redis.call('ZADD', KEYS[5], 0, '1') end
+  local answer = {fresh, returned, attempt}
+  for index = 1, #frames do answer[index + 3] = frames[index] end
+  return answer
+end
+
+local function take_returned()
+  local pair = redis.call('LPOP', KEYS[3], 2)
+  if not pair then return nil end
+  redis.call('HSET', KEYS[4], ARGV[3] .. '.' .. pair[1], pair[2])
+  redis.call('PEXPIRE', KEYS[4], ARGV[5], 'NX')
+  return finish(tonumber(pair[1]), {pair[2]})
+end
+
+if not redis.call('ZSCORE', KEYS[1], ARGV[1]) then
+  if redis.call('EXISTS', KEYS[2], KEYS[3]) > 0 then redis.call('ZADD', KEYS[5], 0, '1') end
+  return -1
+end
+if ARGV[4] == '1' then
+  local answer = take_returned()
+  if answer then return answer end
+end
+local frames = redis.call('LPOP', KEYS[2], ARGV[2])
+if frames then
+  local token, fields = tonumber(ARGV[3]), {}
+  for index = 1, #frames do
+    fields[2 * index - 1] = token
+    fields[2 * index] = frames[index]
+    token = token + 1
+  end
+  redis.call('HSET', KEYS[4], unpack(fields))
+  redis.call('PEXPIRE', KEYS[4], ARGV[5], 'NX')
+  return finish(0, frames)
+end
+if ARGV[4] == '2' then
+  local answer = take_returned()
+  if answer then return answer end
+end
+return finish(0, {})

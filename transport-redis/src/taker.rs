@@ -1,0 +1,394 @@
+//! Takes work for a subscription, on a connection of its own.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use antiphon_core::transport::{SubscribeMode, SubscribeOptions};
+use antiphon_core::{Error, ErrorKind, Executed};
+use redis::{Pipeline, RedisResult, Value};
+use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::CancellationToken;
+
+use crate::claim::{self, Claimed};
+use crate::completer::{End, Item, leave, millis, reclaim};
+use crate::connection::{Backoff, Live};
+use crate::isolation::{Isolation, Plan};
+use crate::naming::ServiceKeys;
+use crate::session::{Session, Slots, Token};
+use crate::subscription::Buffer;
+use crate::transport::Shared;
+use crate::{BLOCK, GHOST, QUEUE_TTL, error, scripts};
+
+/// The most that one claim takes.
+const CLAIM_MAX: usize = 512;
+
+/// The most rounds of returning dead servers' work before an owner can be registered.
+const JOIN_ROUNDS: usize = 16;
+
+/// The task behind a subscription.
+pub(crate) struct Taker {
+    shared: Arc<Shared>,
+    keys: Arc<ServiceKeys>,
+    options: SubscribeOptions,
+    buffer: Arc<Buffer>,
+    stopping: CancellationToken,
+    slots: Arc<Slots>,
+    session: Arc<Session>,
+    /// The first token of the next claim. What a claim took whose answer never came has this number or a higher one.
+    next: u64,
+}
+
+/// Why taking ended.
+enum Exit {
+    Stopped,
+    Lost,
+    Broken,
+}
+
+impl Taker {
+    /// Registers the first session.
+    pub(crate) async fn begin(
+        shared: &Arc<Shared>,
+        keys: &Arc<ServiceKeys>,
+        options: SubscribeOptions,
+        buffer: Arc<Buffer>,
+        stopping: CancellationToken,
+    ) -> Result<Self, Error> {
+        let slots = Arc::new(Slots::default());
+        let session = Session::new(keys, &slots);
+        let taker = Self {
+            shared: Arc::clone(shared),
+            keys: Arc::clone(keys),
+            options,
+            buffer,
+            stopping,
+            slots,
+            session: Arc::clone(&session),
+            next: 0,
+        };
+        taker.join(&session, None).await?;
+        Ok(taker)
+    }
+
+    /// Takes until it is stopped.
+    pub(crate) async fn run(mut self) {
+        let mut backoff = Backoff::default();
+        let mut ghost_until = Instant::now();
+        let answer = BLOCK + Duration::from_secs(2);
+        while let Some(live) = self
+            .shared
+            .connector
+            .open_patiently(answer, &self.stopping)
+            .await
+        {
+            let since = Instant::now();
+            match self.take(live, ghost_until).await {
+                Exit::Stopped => break,
+                Exit::Lost => {}
+                Exit::Broken => ghost_until = Instant::now() + GHOST,
+            }
+            if since.elapsed() > Duration::from_secs(1) {
+                backoff = Backoff::default();
+            }
+            let pause = backoff.pause();
+            if self.stopping.run_until_cancelled(pause).await.is_none() {
+                break;
+            }
+            if let Err(error) = self.succeed().await {
+                if !self.stopping.is_cancelled() {
+                    tracing::warn!(%error, "a subscription ended");
+                }
+                self.buffer.end(error);
+                break;
+            }
+        }
+        self.buffer.end(error::closed());
+        self.buffer.give_back().await;
+        self.retire(&self.session).await;
+    }
+
+    /// Goes on under a new name: what the old one still has on its way is refused.
+    async fn succeed(&mut self) -> Result<(), Error> {
+        let old = Arc::clone(&self.session);
+        let lost = old.lease.is_cancelled();
+        if !lost {
+            self.retire(&old).await;
+        }
+        let session = Session::new(&self.keys, &self.slots);
+        self.join(&session, (!lost).then_some(&*old)).await?;
+        self.session = session;
+        self.next = 0;
+        Ok(())
+    }
+
+    /// Registers a session; as the successor of another one if it still owns the service.
+    async fn join(&self, session: &Arc<Session>, follows: Option<&Session>) -> Result<(), Error> {
+        let mode = match self.options.mode {
+            SubscribeMode::Exclusive => "exclusive",
+            _ => "shared",
+        };
+        for _ in 0..JOIN_ROUNDS {
+            let mut live = self
+                .shared
+                .link
+                .clone()
+                .ready(&self.stopping)
+                .await
+                .ok_or_else(error::closed)?;
+            let mut command =
+                scripts::JOIN.on(&[&self.keys.sessions, &self.keys.live, &self.keys.owner]);
+            command
+                .arg(&session.name)
+                .arg(mode)
+                .arg(millis(self.shared.config.lease));
+            command
+                .arg(follows.map_or("", |follows| &follows.name))
+                .arg(millis(QUEUE_TTL));
+            let mut pipeline = Pipeline::new();
+            pipeline.cmd("TYPE").arg(&self.keys.queue);
+            pipeline.add_command(command);
+            let asked = std::time::Instant::now();
+            // If it broke, nobody knows if the session was registered; asking again does no harm.
+            let Ok(answers) = live.execute(&pipeline).await else {
+                continue;
+            };
+            let [kind, answer] = answers.as_slice() else {
+                continue;
+            };
+            if !matches!(kind, Value::SimpleString(kind) if kind == "list" || kind == "none") {
+                let message = format!("{} is not a list", self.keys.queue);
+                return Err(Error::not_executed(ErrorKind::Broker, message));
+            }
+            match answer {
+                Value::Int(0..) => {
+                    let Shared {
+                        leases,
+                        connector,
+                        config,
+                        ..
+                    } = &*self.shared;
+                    return leases.add(Arc::clone(session), asked, connector, config.lease);
+                }
+                Value::Int(_) => {
+                    let message = match self.options.mode {
+                        SubscribeMode::Exclusive => "the service is served or owned by others",
+                        _ => "the service has an exclusive owner",
+                    };
+                    return Err(Error::not_executed(ErrorKind::AlreadyOwned, message));
+                }
+                Value::Array(over) => {
+                    let mut pipeline = Pipeline::new();
+                    for name in over {
+                        if let Value::BulkString(name) = name {
+                            pipeline.add_command(reclaim(
+                                &self.keys,
+                                &String::from_utf8_lossy(name),
+                                false,
+                            ));
+                        }
+                    }
+                    // If it breaks, the next round finds out.
+                    let _ = live.execute(&pipeline).await;
+                }
+                other => return Err(error::unexpected("JOIN", other)),
+            }
+        }
+        Err(Error::not_executed(
+            ErrorKind::AlreadyOwned,
+            "the service's former owner is still being cleared away",
+        ))
+    }
+
+    /// Ends the taking of a session. What it holds stays settleable; what it took without our knowing goes back.
+    async fn retire(&self, session: &Arc<Session>) {
+        let mut pipeline = Pipeline::new();
+        let keys = &self.keys;
+        let mut command = scripts::QUIT.on(&[
+            &keys.live,
+            &session.held_key,
+            &keys.queue,
+            &keys.returned,
+            &keys.bell,
+        ]);
+        command.arg(&session.name);
+        pipeline.add_command(command);
+        let tokens = loop {
+            if session.lease.is_cancelled() {
+                return;
+            }
+            // At close the registry is cleared for all sessions at once, whether this succeeds or not.
+            let ended = self.shared.ending.is_cancelled();
+            let ready = async {
+                if ended {
+                    self.shared.link.now()
+                } else {
+                    self.shared.link.clone().ready(&self.shared.ending).await
+                }
+            };
+            let Some(Some(mut live)) = session.lease.run_until_cancelled(ready).await else {
+                return;
+            };
+            match live.execute(&pipeline).await {
+                Ok(answers) => break answers.into_iter().next(),
+                Err(_) if ended => return,
+                Err(_) => {}
+            }
+        };
+        let tokens = match tokens {
+            Some(Value::Array(tokens)) => tokens,
+            _ => Vec::new(),
+        };
+        let parse = |token: &Value| match token {
+            Value::BulkString(token) => Token::parse(token),
+            _ => None,
+        };
+        let mut unknown: Vec<Token> = tokens
+            .iter()
+            .filter_map(parse)
+            .filter(|token| token.number >= self.next)
+            .collect();
+        unknown.sort_by_key(|token| std::cmp::Reverse(token.number));
+        session.hold(unknown.len());
+        for token in unknown {
+            let end = End::GiveBack {
+                attempt: token.attempt,
+                keep: QUEUE_TTL,
+            };
+            self.shared
+                .completer
+                .push(Item::new(Arc::clone(session), token, end, None));
+        }
+        if !session.retire() {
+            return;
+        }
+        // At once and not by the completer: whoever waits for the end of a subscription may subscribe again.
+        let mut pipeline = Pipeline::new();
+        pipeline.add_command(leave(session));
+        match self.shared.link.try_execute(&pipeline).await {
+            Some(_) => session.leave(),
+            None => self.shared.completer.leave(Arc::clone(session)),
+        }
+    }
+
+    /// Takes on this connection, as much as there are free slots.
+    async fn take(&mut self, mut live: Live, ghost_until: Instant) -> Exit {
+        let mut isolation = Isolation::new(self.shared.config.lease);
+        let mut wait = false;
+        loop {
+            let session = Arc::clone(&self.session);
+            let until =
+                match isolation.plan(self.slots.held(), self.options.prefetch, Instant::now()) {
+                    Plan::Claim { count, suspects } => {
+                        let block = wait.then(|| {
+                            if Instant::now() < ghost_until {
+                                BLOCK / 10
+                            } else {
+                                BLOCK
+                            }
+                        });
+                        let pipeline = self.claim(count.min(CLAIM_MAX), suspects, block);
+                        // Stopped in the middle, the claim may still be executed. Then what it took is found by its number.
+                        let answers = tokio::select! {
+                            answers = live.execute(&pipeline) => answers,
+                            () = self.stopping.cancelled() => return Exit::Stopped,
+                            () = session.lease.cancelled() => return Exit::Lost,
+                        };
+                        match self.claimed(answers).await {
+                            Ok(claimed) => {
+                                isolation.note(&claimed, self.slots.held(), Instant::now());
+                                wait = !claimed.fresh_left;
+                            }
+                            Err(exit) => return exit,
+                        }
+                        continue;
+                    }
+                    Plan::Wait { until } => until,
+                };
+            tokio::select! {
+                () = self.slots.freed.notified() => {}
+                () = sleep_until(until.unwrap_or_else(Instant::now)), if until.is_some() => {}
+                () = self.stopping.cancelled() => return Exit::Stopped,
+                () = session.lease.cancelled() => return Exit::Lost,
+                () = live.broken.cancelled() => return Exit::Broken,
+            }
+        }
+    }
+
+    fn claim(&self, count: usize, suspects: u8, block: Option<Duration>) -> Pipeline {
+        let keys = &self.keys;
+        let mut pipeline = Pipeline::new();
+        if let Some(block) = block {
+            pipeline
+                .cmd("BZPOPMIN")
+                .arg(&keys.bell)
+                .arg(block.as_secs_f64());
+        }
+        let mut command = scripts::CLAIM.on(&[
+            &keys.live,
+            &keys.queue,
+            &keys.returned,
+            &self.session.held_key,
+            &keys.bell,
+        ]);
+        command
+            .arg(&self.session.name)
+            .arg(count)
+            .arg(self.next)
+            .arg(suspects)
+            .arg(millis(QUEUE_TTL));
+        pipeline.add_command(command);
+        pipeline.cmd("TIME");
+        pipeline
+    }
+
+    /// Hands over what was claimed.
+    async fn claimed(&mut self, answers: RedisResult<Vec<Value>>) -> Result<Claimed, Exit> {
+        let mut answers = answers.map_err(|error| {
+            tracing::debug!(%error, "work is taken again");
+            Exit::Broken
+        })?;
+        let time = answers.pop();
+        let claimed = match answers.pop() {
+            Some(Value::Int(_)) => {
+                // Reclaimed, or the broker lost its data.
+                self.session.lease.cancel();
+                return Err(Exit::Lost);
+            }
+            Some(answer) => Claimed::parse(answer),
+            None => None,
+        };
+        let Some(mut claimed) = claimed else {
+            tracing::warn!(queue = self.keys.queue, "work cannot be taken");
+            return Err(Exit::Broken);
+        };
+        let frames = std::mem::take(&mut claimed.frames);
+        if frames.is_empty() {
+            return Ok(claimed);
+        }
+        let now = time
+            .as_ref()
+            .and_then(crate::connection::time_of)
+            .unwrap_or_default()
+            / 1000;
+        let first = self.next;
+        self.next += frames.len() as u64;
+        self.session.hold(frames.len());
+        let tokens = (first..).map(|number| Token {
+            number,
+            attempt: claimed.attempt.max(1),
+        });
+        let work = tokens.zip(frames).collect();
+        let taken = claim::deliveries(&self.shared, &self.session, work, now).await;
+        self.buffer.add(taken);
+        Ok(claimed)
+    }
+}
+
+/// What the caller of a request is told that no handler can be given.
+pub(crate) fn executed(attempt: u32) -> Executed {
+    if attempt > 1 {
+        Executed::Maybe
+    } else {
+        Executed::No
+    }
+}

@@ -1,0 +1,221 @@
+//! The transport: what it is made of, and how it ends.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use antiphon_core::transport::{
+    Capabilities, ConnectionState, Inbox, Outbound, SubscribeOptions, Subscription, Transport,
+};
+use antiphon_core::{Error, ErrorKind, ServiceName};
+use async_trait::async_trait;
+use redis::Pipeline;
+use tokio::sync::watch;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::clock::Clock;
+use crate::completer::{self, Completer};
+use crate::config::RedisConfig;
+use crate::connection::{self, Connector, Link};
+use crate::inbox::RedisInbox;
+use crate::lease::Leases;
+use crate::naming::InboxKeys;
+use crate::sender::Sender;
+use crate::subscription::RedisSubscription;
+use crate::{error, server_check};
+
+/// The most time for closing, and for each step of it.
+const CLOSE_MAX: Duration = Duration::from_secs(5);
+const CLOSE_STEP: Duration = Duration::from_millis(1500);
+
+/// A connection to a Redis server, 7.0 or newer, or Valkey.
+#[derive(Debug)]
+pub struct RedisTransport {
+    shared: Arc<Shared>,
+}
+
+/// What the tasks of a transport share.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) config: Arc<RedisConfig>,
+    pub(crate) connector: Arc<Connector>,
+    pub(crate) link: Link,
+    pub(crate) clock: Arc<Clock>,
+    pub(crate) sender: Arc<Sender>,
+    pub(crate) completer: Arc<Completer>,
+    pub(crate) leases: Arc<Leases>,
+    /// The tasks of inboxes and subscriptions, and the sender.
+    pub(crate) workers: TaskTracker,
+    /// Cancelled at close or drop.
+    pub(crate) ending: CancellationToken,
+    /// Cancelled when all is over.
+    ended: CancellationToken,
+    state: Arc<watch::Sender<ConnectionState>>,
+}
+
+impl RedisTransport {
+    /// Connects.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Connect`], at the latest after [`RedisConfig::connect_timeout`], and at once if the server refuses the
+    /// connection or the credentials; [`ErrorKind::Broker`] if the server is too old or may evict keys;
+    /// [`ErrorKind::Invalid`] for a configuration that cannot work.
+    pub async fn connect(config: RedisConfig) -> Result<Self, Error> {
+        config.check()?;
+        let connector = Arc::new(Connector::new(&config)?);
+        let clock = Arc::new(Clock::default());
+        let checked = async {
+            let mut live = connection::connect(&connector, &config, &clock).await?;
+            server_check::check(&mut live, &config).await?;
+            Ok::<_, Error>(live)
+        };
+        let live = timeout(config.connect_timeout, checked)
+            .await
+            .unwrap_or_else(|_| {
+                let message = format!(
+                    "cannot connect to Redis within {:?}",
+                    config.connect_timeout
+                );
+                Err(Error::not_executed(ErrorKind::Connect, message))
+            })?;
+        let (relink, link) = connection::link(live.clone());
+        let shared = Arc::new(Shared {
+            config: Arc::new(config),
+            connector,
+            link,
+            clock,
+            sender: Arc::default(),
+            completer: Arc::default(),
+            leases: Arc::default(),
+            workers: TaskTracker::new(),
+            ending: CancellationToken::new(),
+            ended: CancellationToken::new(),
+            state: Arc::new(watch::Sender::new(ConnectionState::Connected)),
+        });
+        let Shared {
+            config,
+            connector,
+            link,
+            clock,
+            sender,
+            completer,
+            workers,
+            ending,
+            state,
+            ..
+        } = &*shared;
+        workers.spawn(Arc::clone(sender).run(
+            link.clone(),
+            Arc::clone(clock),
+            Arc::clone(config),
+            ending.clone(),
+        ));
+        let settling_ends = CancellationToken::new();
+        let settling =
+            Arc::clone(completer).run(link.clone(), Arc::clone(config), settling_ends.clone());
+        let settling = tokio::spawn(settling);
+        tokio::spawn(connection::supervise(
+            Arc::clone(connector),
+            Arc::clone(clock),
+            live,
+            relink,
+            Arc::clone(state),
+            shared.ended.clone(),
+        ));
+        tokio::spawn(end(Arc::clone(&shared), settling, settling_ends));
+        Ok(Self { shared })
+    }
+}
+
+/// Waits for the end, and sees to it that all is over in order: first what takes and sends, then what was settled
+/// before, then the sessions, which returns what is still held.
+async fn end(
+    shared: Arc<Shared>,
+    settling: tokio::task::JoinHandle<()>,
+    settling_ends: CancellationToken,
+) {
+    shared.ending.cancelled().await;
+    shared.state.send_replace(ConnectionState::Closed);
+    shared.workers.close();
+    // A step that takes too long is left to the leases.
+    let _ = timeout(CLOSE_STEP, shared.workers.wait()).await;
+    settling_ends.cancel();
+    let _ = timeout(CLOSE_STEP, settling).await;
+    let mut pipeline = Pipeline::new();
+    for session in shared.leases.sessions() {
+        pipeline.add_command(completer::leave(&session));
+        session.lease.cancel();
+    }
+    shared.leases.close();
+    if !pipeline.is_empty() {
+        let _ = timeout(CLOSE_STEP, shared.link.try_execute(&pipeline)).await;
+    }
+    shared.ended.cancel();
+}
+
+impl Drop for RedisTransport {
+    fn drop(&mut self) {
+        self.shared.ending.cancel();
+    }
+}
+
+#[async_trait]
+impl Transport for RedisTransport {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::none().with_fenced_replies()
+    }
+
+    async fn send(&self, message: Outbound) -> Result<(), Error> {
+        match message {
+            Outbound::Request {
+                service,
+                request,
+                expect_responder,
+                ticket,
+            } => {
+                self.shared
+                    .sender
+                    .request(service, request, expect_responder, ticket)
+                    .await
+            }
+            Outbound::Reply { to, reply } => {
+                let Some(inbox) = InboxKeys::parse(&to) else {
+                    let message = "the reply address is not one of this transport";
+                    return Err(Error::not_executed(ErrorKind::Invalid, message));
+                };
+                self.shared.sender.reply(inbox, reply).await
+            }
+        }
+    }
+
+    async fn open_inbox(&self) -> Result<Box<dyn Inbox>, Error> {
+        if self.shared.ending.is_cancelled() {
+            return Err(error::closed());
+        }
+        Ok(Box::new(RedisInbox::open(&self.shared).await?))
+    }
+
+    async fn subscribe(
+        &self,
+        service: &ServiceName,
+        options: SubscribeOptions,
+    ) -> Result<Box<dyn Subscription>, Error> {
+        if self.shared.ending.is_cancelled() {
+            return Err(error::closed());
+        }
+        Ok(Box::new(
+            RedisSubscription::open(&self.shared, service, options).await?,
+        ))
+    }
+
+    fn state(&self) -> watch::Receiver<ConnectionState> {
+        self.shared.state.subscribe()
+    }
+
+    async fn close(&self) {
+        self.shared.ending.cancel();
+        // At the latest then the leases see to the rest.
+        let _ = timeout(CLOSE_MAX, self.shared.ended.cancelled()).await;
+    }
+}

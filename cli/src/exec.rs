@@ -194,3 +194,6 @@ impl Drop for Group {
         let _ = kill_process_group(self.0, Signal::KILL);
     }
 }
+
+#[cfg(all(test, feature = "memory"))]
+mod tests;

@@ -1,1 +1,24 @@
 #![doc = include_str!("../README.md")]
+#![forbid(unsafe_code)]
+
+mod acker;
+mod config;
+mod courier;
+mod error;
+mod held;
+mod inbox;
+mod intake;
+mod link;
+mod message;
+mod naming;
+mod outlet;
+mod prober;
+mod publisher;
+mod recovery;
+mod settle;
+mod subscription;
+mod topology;
+mod transport;
+
+pub use config::{AmqpConfig, QueueType};
+pub use transport::AmqpTransport;

@@ -1,0 +1,154 @@
+//! How to connect, and what to declare.
+
+use std::fmt;
+use std::time::Duration;
+
+use antiphon_core::{Error, ErrorKind};
+use lapin::uri::{AMQPScheme, AMQPUri};
+
+/// How to reach a RabbitMQ broker. `Debug` shows no password.
+#[derive(Clone)]
+#[non_exhaustive]
+pub struct AmqpConfig {
+    /// The longest time that [`connect`](crate::AmqpTransport::connect) takes. Default: 10 s.
+    pub connect_timeout: Duration,
+    /// The heartbeat that is asked of the broker, in whole seconds. A silent peer is given up after two of them.
+    /// Default: 10 s. Shorter: false alarms on a busy machine. Longer: a cut cable is noticed later.
+    pub heartbeat: Duration,
+    /// What a service queue is declared as, if there is none. Default: [`QueueType::Quorum`].
+    pub queue_type: QueueType,
+    /// After what time without a consumer the broker removes the queue of one node (`SERVICE@NODE`).
+    /// Default: 30 min. At least 1 ms.
+    pub node_queue_expires: Duration,
+    /// The largest AMQP frame, in bytes. Each of the two connections takes about 64 times as much memory. Larger bodies
+    /// take several frames. Default: 32 KiB; at least 4 KiB.
+    pub frame_max: u32,
+    uri: AMQPUri,
+}
+
+/// The kind of a durable queue.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum QueueType {
+    /// Replicated; what it confirmed survives the loss of a minority of its nodes.
+    #[default]
+    Quorum,
+    /// On one node, twice as fast. What it confirmed survives a restart of the node.
+    Classic,
+}
+
+impl QueueType {
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Quorum => "quorum",
+            Self::Classic => "classic",
+        }
+    }
+}
+
+impl AmqpConfig {
+    /// Takes `amqp://USER:PASSWORD@HOST:PORT/VHOST`, or `amqps://` with the feature `rustls`. User and password are `guest`,
+    /// the port is 5672 (5671) and the virtual host is `/` unless given; a slash in its name is written `%2f`. The parameters
+    /// `heartbeat` (seconds) and `frame_max` (bytes) set the fields of these names.
+    ///
+    /// # Errors
+    /// `Invalid` if it is no such URL; `Unsupported` for `amqps://` without the feature.
+    pub fn from_url(url: &str) -> Result<Self, Error> {
+        // What is wrong is not repeated: it may hold a password.
+        let mut uri: AMQPUri = url.parse().map_err(|_| {
+            let message = "not a URL like amqp://user:password@host:5672/vhost";
+            Error::not_executed(ErrorKind::Invalid, message)
+        })?;
+        if uri.scheme == AMQPScheme::AMQPS && cfg!(not(feature = "rustls")) {
+            let message = "amqps:// needs the feature `rustls`";
+            return Err(Error::not_executed(ErrorKind::Unsupported, message));
+        }
+        // "amqp://host/" names no virtual host either: whoever writes the slash means the default one.
+        if uri.vhost.is_empty() {
+            uri.vhost = "/".to_owned();
+        }
+        let heartbeat = uri.query.heartbeat.filter(|&seconds| seconds > 0);
+        Ok(Self {
+            connect_timeout: Duration::from_secs(10),
+            heartbeat: Duration::from_secs(heartbeat.unwrap_or(10).into()),
+            queue_type: QueueType::default(),
+            node_queue_expires: Duration::from_secs(30 * 60),
+            frame_max: uri.query.frame_max.unwrap_or(32 * 1024),
+            uri,
+        })
+    }
+
+    /// The address to dial, with all settings in it.
+    pub(crate) fn uri(&self) -> AMQPUri {
+        let mut uri = self.uri.clone();
+        let seconds = self.heartbeat.as_secs().clamp(1, u16::MAX.into());
+        uri.query.heartbeat = Some(u16::try_from(seconds).unwrap_or(u16::MAX));
+        uri.query.frame_max = Some(self.frame_max.max(4096));
+        uri
+    }
+
+    /// The host and port, for people.
+    pub(crate) fn address(&self) -> String {
+        let authority = &self.uri.authority;
+        format!("{}:{}", authority.host, authority.port)
+    }
+}
+
+impl fmt::Debug for AmqpConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AmqpConfig")
+            .field("address", &self.address())
+            .field("vhost", &self.uri.vhost)
+            .field("user", &self.uri.authority.userinfo.username)
+            .field("connect_timeout", &self.connect_timeout)
+            .field("heartbeat", &self.heartbeat)
+            .field("queue_type", &self.queue_type)
+            .field("node_queue_expires", &self.node_queue_expires)
+            .field("frame_max", &self.frame_max)
+            .finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_default_virtual_host() {
+        for url in [
+            "amqp://h",
+            "amqp://h:5672",
+            "amqp://h:5672/",
+            "amqp://h/%2f",
+        ] {
+            assert_eq!(AmqpConfig::from_url(url).unwrap().uri.vhost, "/", "{url}");
+        }
+        assert_eq!(
+            AmqpConfig::from_url("amqp://h/a%2Fb").unwrap().uri.vhost,
+            "a/b"
+        );
+    }
+
+    #[test]
+    fn parameters_of_the_url_are_settings() {
+        let config = AmqpConfig::from_url("amqp://h?heartbeat=3&frame_max=8192").unwrap();
+        assert_eq!(
+            (config.heartbeat, config.frame_max),
+            (Duration::from_secs(3), 8192)
+        );
+        let uri = AmqpConfig::from_url("amqp://h").unwrap().uri();
+        assert_eq!(
+            (uri.query.heartbeat, uri.query.frame_max),
+            (Some(10), Some(32768))
+        );
+    }
+
+    #[test]
+    fn a_password_is_never_shown() {
+        let config = AmqpConfig::from_url("amqp://user:s3cret@h").unwrap();
+        assert!(!format!("{config:?}").contains("s3cret"));
+        let error = AmqpConfig::from_url("amqp://user:s3cret@h:port").unwrap_err();
+        assert!(!format!("{error:?} {error}").contains("s3cret"));
+        assert_eq!(error.kind(), ErrorKind::Invalid);
+    }
+}

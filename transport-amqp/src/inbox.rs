@@ -1,0 +1,290 @@
+//! A private reply address: an exclusive queue, consumed without acknowledgement.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use antiphon_core::transport::{Inbox, InboxEvent};
+use antiphon_core::{Error, ErrorKind, ReplyAddress};
+use async_trait::async_trait;
+use futures_util::{FutureExt, StreamExt};
+use lapin::options::{BasicConsumeOptions, QueueDeclareOptions, QueueDeleteOptions};
+use lapin::types::{AMQPValue, FieldTable, ShortString};
+use lapin::{Channel, Consumer};
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep, timeout};
+use tokio_util::sync::CancellationToken;
+
+use crate::error::{Failure, RESOURCE_LOCKED, closed};
+use crate::link::{Link, LinkState, Session, backoff, bounded};
+use crate::message;
+use crate::naming;
+use crate::recovery::{Member, Members};
+
+/// The most replies that are handed over at once.
+const BATCH: usize = 256;
+
+/// How long the broker may take to let go of the name of an inbox whose connection is lost. If that connection only looks
+/// dead, the name stays locked until its heartbeats run out, and a new one is taken.
+const RELEASE_TIMEOUT: Duration = Duration::from_millis(250);
+const RELEASE_RETRY: Duration = Duration::from_millis(10);
+
+/// How long a dropped inbox tries to remove its queue; it goes with the connection in any case.
+const DELETE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// A private reply address on RabbitMQ.
+pub(crate) struct AmqpInbox {
+    address: ReplyAddress,
+    consumer: Option<Consumer>,
+    session: u64,
+    member: Member,
+    /// Tells the keeper that the consumer of this session ended.
+    ended: mpsc::UnboundedSender<u64>,
+    restored: mpsc::UnboundedReceiver<Restored>,
+    /// The last event was `Lost`, and what it ended is known to its owner only when it asks for the next.
+    announced: bool,
+}
+
+/// A live inbox, from the keeper.
+struct Restored {
+    address: ReplyAddress,
+    consumer: Consumer,
+    session: u64,
+}
+
+impl AmqpInbox {
+    /// Opens an inbox, and gives the task that keeps it alive.
+    pub(crate) async fn open(
+        mut link: Link,
+        members: &Arc<Members>,
+        closing: CancellationToken,
+    ) -> Result<(Self, impl Future<Output = ()> + Send + use<>), Error> {
+        let mut name = naming::random_inbox();
+        let (session, open) = loop {
+            let Some(session) = link.next_session().await else {
+                return Err(closed());
+            };
+            match declare(&session, &mut name).await {
+                Ok(open) => break (session, open),
+                Err(failure) if failure.is_final() => {
+                    return Err(failure.into_error("opening an inbox"));
+                }
+                Err(_) => sleep(backoff(0)).await,
+            }
+        };
+        let (ended, ended_receiver) = mpsc::unbounded_channel();
+        let (restored_sender, restored) = mpsc::unbounded_channel();
+        let (channel, consumer) = open;
+        let inbox = Self {
+            address: ReplyAddress::new(&name)?,
+            consumer: Some(consumer),
+            session: session.number,
+            member: members.enter(session.number),
+            ended,
+            restored,
+            announced: false,
+        };
+        let keeper = Keeper {
+            link,
+            name,
+            channel,
+            session: session.number,
+            ended: ended_receiver,
+            restored: restored_sender,
+            closing,
+        };
+        Ok((inbox, keeper.run()))
+    }
+
+    /// Takes over what the keeper restored. The broker removed the former queue with all that was in it, so of no reply that was on its
+    /// way can it be said whether it was lost.
+    fn restore(&mut self, restored: Restored) -> InboxEvent {
+        self.address = restored.address;
+        self.consumer = Some(restored.consumer);
+        self.session = restored.session;
+        self.announced = true;
+        let message = "the connection was lost, and with it the replies in the inbox";
+        InboxEvent::Lost(Error::maybe_executed(ErrorKind::ConnectionLost, message))
+    }
+}
+
+#[async_trait]
+impl Inbox for AmqpInbox {
+    fn address(&self) -> ReplyAddress {
+        self.address.clone()
+    }
+
+    async fn recv(&mut self) -> InboxEvent {
+        if std::mem::take(&mut self.announced) {
+            // Requests flow again only now: those that were held back carry the new address.
+            self.member.ready(self.session);
+        }
+        loop {
+            let Some(consumer) = &mut self.consumer else {
+                return match self.restored.recv().await {
+                    Some(restored) => self.restore(restored),
+                    None => InboxEvent::Closed(closed()),
+                };
+            };
+            let mut next = tokio::select! {
+                biased;
+                delivery = consumer.next() => Some(delivery),
+                restored = self.restored.recv() => match restored {
+                    Some(restored) => return self.restore(restored),
+                    None => return InboxEvent::Closed(closed()),
+                },
+            };
+            let mut replies = Vec::new();
+            while let Some(delivery) = next {
+                let Some(Ok(delivery)) = delivery else {
+                    // Ended by a lost connection, a channel error, or somebody who removed the queue.
+                    self.consumer = None;
+                    let _ = self.ended.send(self.session);
+                    break;
+                };
+                replies.push(message::decode_reply(&delivery.properties, delivery.data));
+                next = match &mut self.consumer {
+                    Some(consumer) if replies.len() < BATCH => consumer.next().now_or_never(),
+                    _ => None,
+                };
+            }
+            if !replies.is_empty() {
+                return InboxEvent::Replies(replies);
+            }
+        }
+    }
+}
+
+impl fmt::Debug for AmqpInbox {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AmqpInbox")
+            .field("address", &self.address)
+            .field("session", &self.session)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Restores the inbox on the next connection, and removes its queue in the end.
+struct Keeper {
+    link: Link,
+    name: String,
+    channel: Channel,
+    session: u64,
+    ended: mpsc::UnboundedReceiver<u64>,
+    restored: mpsc::UnboundedSender<Restored>,
+    closing: CancellationToken,
+}
+
+impl Keeper {
+    async fn run(mut self) {
+        let closing = self.closing.clone();
+        loop {
+            tokio::select! {
+                () = closing.cancelled() => return,
+                ended = self.ended.recv() => match ended {
+                    // Told late: another one is there already.
+                    Some(session) if session < self.session => continue,
+                    Some(_) => {}
+                    None => return self.delete().await,
+                },
+                () = lost(&mut self.link, self.session) => {}
+            }
+            let owner = self.restored.clone();
+            let restored = tokio::select! {
+                () = closing.cancelled() => return,
+                () = owner.closed() => return self.delete().await,
+                restored = self.restore() => restored,
+            };
+            let Some(restored) = restored else {
+                return;
+            };
+            if self.restored.send(restored).is_err() {
+                return self.delete().await;
+            }
+        }
+    }
+
+    async fn restore(&mut self) -> Option<Restored> {
+        let mut attempt = 0;
+        loop {
+            let session = self.link.next_session().await?;
+            match declare(&session, &mut self.name).await {
+                Ok((channel, consumer)) => {
+                    self.channel = channel;
+                    self.session = session.number;
+                    return Some(Restored {
+                        address: ReplyAddress::new(&self.name).ok()?,
+                        consumer,
+                        session: session.number,
+                    });
+                }
+                Err(failure) => {
+                    tracing::debug!(%failure, "the inbox is not yet back");
+                    if matches!(failure, Failure::TimedOut(_)) {
+                        session.suspect();
+                    }
+                }
+            }
+            sleep(backoff(attempt)).await;
+            attempt = attempt.saturating_add(1);
+        }
+    }
+
+    async fn delete(self) {
+        let name = ShortString::from(self.name);
+        let delete = self
+            .channel
+            .queue_delete(name, QueueDeleteOptions::default());
+        let _ = timeout(DELETE_TIMEOUT, delete).await;
+    }
+}
+
+/// Waits until the connection is another one than the given.
+async fn lost(link: &mut Link, session: u64) {
+    let changed = link.state.wait_for(|state| match state {
+        LinkState::Up(current) => current.number != session,
+        LinkState::Down(_) | LinkState::Closed => true,
+    });
+    let _ = changed.await;
+}
+
+/// Declares the inbox and consumes from it. Takes another name if the broker does not let go of this one.
+async fn declare(session: &Session, name: &mut String) -> Result<(Channel, Consumer), Failure> {
+    let patience = Instant::now() + RELEASE_TIMEOUT;
+    loop {
+        let channel = session.channel().await?;
+        let queue = ShortString::from(name.as_str());
+        let mut arguments = FieldTable::default();
+        // Whatever the virtual host's default may be: only a classic queue can be exclusive.
+        arguments.insert(
+            "x-queue-type".into(),
+            AMQPValue::LongString("classic".into()),
+        );
+        let declare =
+            channel.queue_declare(queue.clone(), QueueDeclareOptions::exclusive(), arguments);
+        match bounded("queue.declare", declare).await {
+            Ok(_) => {}
+            Err(failure) if failure.is(RESOURCE_LOCKED) => {
+                if Instant::now() >= patience {
+                    *name = naming::random_inbox();
+                } else {
+                    sleep(RELEASE_RETRY).await;
+                }
+                continue;
+            }
+            Err(failure) => return Err(failure),
+        }
+        let options = BasicConsumeOptions {
+            no_ack: true,
+            ..BasicConsumeOptions::default()
+        };
+        let consume = channel.basic_consume(
+            queue,
+            ShortString::default(),
+            options,
+            FieldTable::default(),
+        );
+        let consumer = bounded("basic.consume", consume).await?;
+        return Ok((channel, consumer));
+    }
+}

@@ -1,0 +1,482 @@
+//! Requests and replies as AMQP messages: standard properties, so that any client in any language is a peer.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use antiphon_core::transport::Incoming;
+use antiphon_core::{
+    ContentType, CorrelationId, Deadline, Executed, Fault, Headers, Method, Outcome, Reply,
+    ReplyAddress, Request,
+};
+use bytes::Bytes;
+use lapin::BasicProperties;
+use lapin::types::{AMQPValue, FieldTable, ShortString};
+
+/// On requests of ours: the peer understands our headers. Its absence means a plain peer.
+const VERSION: &str = "antiphon-version";
+/// On replies that are not a value: `fault`.
+const OUTCOME: &str = "antiphon-outcome";
+/// Beside it: `no`, `maybe` or `yes`.
+const EXECUTED: &str = "antiphon-executed";
+/// On requests in a retry queue: which attempt the next one is.
+const ATTEMPT: &str = "antiphon-attempt";
+/// On dead letters: why.
+const REASON: &str = "antiphon-reason";
+
+const FAULT: &str = "fault";
+
+/// Kept on disk where the queue is.
+const PERSISTENT: u8 = 2;
+
+/// The longest expiration that the broker takes, in milliseconds: 49 days.
+const EXPIRATION_MAX: u64 = u32::MAX as u64;
+
+/// The properties of a request that has `remaining` to live.
+pub(crate) fn encode_request(request: &Request, remaining: Option<Duration>) -> BasicProperties {
+    let mut table = encode_headers(&request.headers);
+    table.insert(VERSION.into(), text("1"));
+    let mut properties = BasicProperties::default()
+        .with_headers(table)
+        .with_delivery_mode(PERSISTENT)
+        .with_correlation_id(request.id.with_str(|id| id.into()));
+    if let Some(reply_to) = &request.reply_to {
+        properties = properties.with_reply_to(reply_to.as_str().into());
+    }
+    if let Some(content_type) = &request.content_type {
+        properties = properties.with_content_type(content_type.as_str().into());
+    }
+    if let Some(method) = &request.method {
+        properties = properties.with_type(method.as_str().into());
+    }
+    if let Some(remaining) = remaining {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        properties = properties
+            .with_expiration(expiration(remaining))
+            .with_timestamp(now.unwrap_or_default().as_secs());
+    }
+    properties
+}
+
+/// The properties and body of a reply. `correlation` is what the request had, byte for byte; `plain` says that the caller
+/// knows none of our headers.
+pub(crate) fn encode_reply(
+    reply: &Reply,
+    correlation: Option<ShortString>,
+    plain: bool,
+) -> (BasicProperties, Bytes) {
+    let mut table = encode_headers(&reply.headers);
+    let mut content_type = reply.content_type.clone();
+    let mut body = reply.body.clone();
+    if let Outcome::Fault { fault, executed } = &reply.outcome {
+        body = fault.to_body();
+        if plain {
+            content_type = Some(ContentType::JSON);
+        } else {
+            table.insert(OUTCOME.into(), text(FAULT));
+            table.insert(EXECUTED.into(), text(executed.as_str()));
+        }
+    }
+    let mut properties = BasicProperties::default();
+    if !table.inner().is_empty() {
+        properties = properties.with_headers(table);
+    }
+    if let Some(correlation) = correlation {
+        properties = properties.with_correlation_id(correlation);
+    }
+    if let Some(content_type) = content_type {
+        properties = properties.with_content_type(content_type.as_str().into());
+    }
+    (properties, body)
+}
+
+/// What a message in an inbox is.
+pub(crate) fn decode_reply(properties: &BasicProperties, body: Vec<u8>) -> Incoming {
+    let Some(id) = properties.correlation_id() else {
+        let reason = "a reply without correlation id".to_owned();
+        return Incoming::Undecodable { id: None, reason };
+    };
+    let id = match CorrelationId::parse(id.as_str()) {
+        Ok(id) => id,
+        Err(error) => {
+            let reason = error.message().to_owned();
+            return Incoming::Undecodable { id: None, reason };
+        }
+    };
+    let (outcome, body) = match find(properties, OUTCOME) {
+        None => (Outcome::Value, Bytes::from(body)),
+        Some(FAULT) => {
+            let Some(fault) = Fault::from_body(&body) else {
+                let reason = "a fault that is not one".to_owned();
+                return Incoming::Undecodable {
+                    id: Some(id),
+                    reason,
+                };
+            };
+            let executed = find(properties, EXECUTED).map_or(Executed::Maybe, Executed::parse);
+            (Outcome::Fault { fault, executed }, Bytes::new())
+        }
+        Some(other) => {
+            let reason = format!("a reply with the unknown outcome {other:?}");
+            return Incoming::Undecodable {
+                id: Some(id),
+                reason,
+            };
+        }
+    };
+    Incoming::Reply(Reply {
+        id,
+        outcome,
+        headers: decode_headers(properties),
+        content_type: decode_content_type(properties),
+        body,
+    })
+}
+
+/// What a message in a service's queue is.
+///
+/// # Errors
+/// Why it is no request.
+pub(crate) fn decode_request(properties: &BasicProperties, body: Bytes) -> Result<Request, String> {
+    let id = match properties.correlation_id() {
+        Some(id) => {
+            CorrelationId::parse(id.as_str()).map_err(|error| error.message().to_owned())?
+        }
+        // A plain peer that does not care; whatever is sent back to it will not carry one either.
+        None => CorrelationId::random(),
+    };
+    let reply_to = match properties.reply_to() {
+        Some(address) if !address.as_str().is_empty() => {
+            let address = ReplyAddress::new(address.as_str());
+            Some(address.map_err(|error| error.message().to_owned())?)
+        }
+        _ => None,
+    };
+    let method = match properties.kind() {
+        Some(name) if is_plain(properties) => Method::new(name.as_str()).ok(),
+        Some(name) => Some(Method::new(name.as_str()).map_err(|error| error.message().to_owned())?),
+        None => None,
+    };
+    let deadline = time_to_live(properties).map(|budget| {
+        let sent = properties.timestamp().map(Duration::from_secs);
+        let at = sent.and_then(|sent| UNIX_EPOCH.checked_add(sent)?.checked_add(budget));
+        Deadline {
+            at: at.unwrap_or_else(|| Deadline::after(budget).at),
+            budget,
+        }
+    });
+    Ok(Request {
+        id,
+        reply_to,
+        deadline,
+        method,
+        headers: decode_headers(properties),
+        content_type: decode_content_type(properties),
+        body,
+    })
+}
+
+/// True for the request of a peer that knows nothing of us.
+pub(crate) fn is_plain(properties: &BasicProperties) -> bool {
+    find(properties, VERSION).is_none()
+}
+
+/// What was left of a request's time when it was sent.
+pub(crate) fn time_to_live(properties: &BasicProperties) -> Option<Duration> {
+    let text = properties.expiration().as_ref()?;
+    text.as_str().parse().ok().map(Duration::from_millis)
+}
+
+/// Which attempt a message from a retry queue is; at least the second.
+pub(crate) fn attempt(properties: &BasicProperties) -> u32 {
+    let attempt = find(properties, ATTEMPT).and_then(|text| text.parse().ok());
+    attempt.unwrap_or(2).max(2)
+}
+
+/// The properties of a request that goes to a queue once more: all that its sender set, with what is left of its time.
+pub(crate) fn forward(
+    properties: &BasicProperties,
+    attempt: u32,
+    remaining: Option<Duration>,
+) -> BasicProperties {
+    let mut table = own_headers(properties);
+    if attempt > 1 {
+        table.insert(ATTEMPT.into(), text(&attempt.to_string()));
+    }
+    let forwarded = keep(properties, table);
+    match remaining {
+        Some(remaining) => forwarded.with_expiration(expiration(remaining)),
+        None => forwarded,
+    }
+}
+
+/// The properties of a dead letter: all that its sender set but the expiration, and why it is dead.
+pub(crate) fn bury(properties: &BasicProperties, attempt: u32, reason: &str) -> BasicProperties {
+    let mut table = own_headers(properties);
+    table.insert(ATTEMPT.into(), text(&attempt.to_string()));
+    table.insert(REASON.into(), text(reason));
+    keep(properties, table)
+}
+
+/// The headers that may be published again. Brokers route by `CC` and `BCC`, and count in `x-delivery-count`.
+fn own_headers(properties: &BasicProperties) -> FieldTable {
+    let mut table = FieldTable::default();
+    for (name, value) in properties.headers().iter().flatten() {
+        if !matches!(name.as_str(), "CC" | "BCC" | "x-delivery-count") {
+            table.insert(name.clone(), value.clone());
+        }
+    }
+    table
+}
+
+/// The same properties, but for the headers, the expiration, and `user_id`: the broker refuses another user's.
+fn keep(properties: &BasicProperties, table: FieldTable) -> BasicProperties {
+    let mut kept = BasicProperties::default()
+        .with_headers(table)
+        .with_delivery_mode(PERSISTENT);
+    macro_rules! keep {
+        ($($from:ident => $with:ident),*) => {
+            $(if let Some(value) = properties.$from() { kept = kept.$with(value.clone()); })*
+        };
+    }
+    keep!(
+        content_type => with_content_type,
+        content_encoding => with_content_encoding,
+        priority => with_priority,
+        correlation_id => with_correlation_id,
+        reply_to => with_reply_to,
+        message_id => with_message_id,
+        timestamp => with_timestamp,
+        kind => with_type,
+        app_id => with_app_id
+    );
+    kept
+}
+
+/// Milliseconds as the broker wants them. Zero would mean: only if a server takes it at this very moment.
+fn expiration(remaining: Duration) -> ShortString {
+    let millis = u64::try_from(remaining.as_millis()).unwrap_or(u64::MAX);
+    millis.clamp(1, EXPIRATION_MAX).to_string().into()
+}
+
+fn text(value: &str) -> AMQPValue {
+    AMQPValue::LongString(value.into())
+}
+
+fn find<'a>(properties: &'a BasicProperties, name: &str) -> Option<&'a str> {
+    as_text(properties.headers().as_ref()?.inner().get(name)?)
+}
+
+fn as_text(value: &AMQPValue) -> Option<&str> {
+    match value {
+        AMQPValue::LongString(text) => std::str::from_utf8(text.as_bytes()).ok(),
+        AMQPValue::ShortString(text) => Some(text.as_str()),
+        _ => None,
+    }
+}
+
+fn encode_headers(headers: &Headers) -> FieldTable {
+    let mut table = FieldTable::default();
+    for (name, value) in headers.iter() {
+        table.insert(name.into(), text(value));
+    }
+    table
+}
+
+/// The headers that are of our grammar; what else plain peers and brokers add is not for handlers.
+fn decode_headers(properties: &BasicProperties) -> Headers {
+    let mut headers = Headers::new();
+    for (name, value) in properties.headers().iter().flatten() {
+        if let Some(value) = as_text(value) {
+            let _ = headers.insert(name.as_str(), value);
+        }
+    }
+    headers
+}
+
+fn decode_content_type(properties: &BasicProperties) -> Option<ContentType> {
+    let content_type = properties.content_type().as_ref()?;
+    ContentType::new(content_type.as_str()).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use antiphon_core::Code;
+
+    fn request() -> Request {
+        let mut request = Request::new(Deadline::after(Duration::from_secs(2)), "30");
+        request.id = CorrelationId::parse("f47ac10b-58cc-4372-a567-0e02b2c3d479").unwrap();
+        request.reply_to = Some(ReplyAddress::new("antiphon.inbox.1").unwrap());
+        request.method = Some(Method::new("fib").unwrap());
+        request.content_type = Some(ContentType::JSON);
+        request.headers.insert("tenant", "a").unwrap();
+        request
+    }
+
+    #[test]
+    fn golden_request() {
+        let properties = encode_request(&request(), Some(Duration::from_millis(1999)));
+        assert_eq!(
+            properties.correlation_id().as_ref().unwrap().as_str(),
+            "f47ac10b-58cc-4372-a567-0e02b2c3d479"
+        );
+        assert_eq!(
+            properties.reply_to().as_ref().unwrap().as_str(),
+            "antiphon.inbox.1"
+        );
+        assert_eq!(properties.kind().as_ref().unwrap().as_str(), "fib");
+        assert_eq!(
+            properties.content_type().as_ref().unwrap().as_str(),
+            "application/json"
+        );
+        assert_eq!(properties.expiration().as_ref().unwrap().as_str(), "1999");
+        assert_eq!(*properties.delivery_mode(), Some(2));
+        assert!(properties.timestamp().is_some());
+        let headers: Vec<_> = properties.headers().as_ref().unwrap().into_iter().collect();
+        let names: Vec<_> = headers.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(names, ["antiphon-version", "tenant"]);
+        assert_eq!(*headers[0].1, text("1"));
+        assert_eq!(*headers[1].1, text("a"));
+    }
+
+    #[test]
+    fn a_request_comes_back_as_it_was() {
+        let sent = request();
+        let properties = encode_request(&sent, Some(Duration::from_secs(2)));
+        let got = decode_request(&properties, sent.body.clone()).unwrap();
+        assert_eq!(
+            (&got.id, &got.reply_to, &got.method),
+            (&sent.id, &sent.reply_to, &sent.method)
+        );
+        assert_eq!(
+            (&got.headers, &got.content_type, &got.body),
+            (&sent.headers, &sent.content_type, &sent.body)
+        );
+        let deadline = got.deadline.unwrap();
+        assert_eq!(deadline.budget, Duration::from_secs(2));
+        let late = SystemTime::now() + Duration::from_secs(2);
+        assert!(late.duration_since(deadline.at).unwrap() < Duration::from_secs(2));
+    }
+
+    #[test]
+    fn an_expiration_is_never_zero() {
+        for (remaining, wire) in [
+            (Duration::ZERO, "1"),
+            (Duration::from_micros(10), "1"),
+            (Duration::MAX, "4294967295"),
+        ] {
+            assert_eq!(expiration(remaining).as_str(), wire);
+        }
+    }
+
+    #[test]
+    fn a_value_needs_no_headers() {
+        let reply = Reply::value(request().id, "832040");
+        let (properties, body) = encode_reply(&reply, Some("7".into()), false);
+        assert_eq!((properties.headers(), &body[..]), (&None, &b"832040"[..]));
+        assert_eq!(properties.correlation_id().as_ref().unwrap().as_str(), "7");
+    }
+
+    #[test]
+    fn golden_fault() {
+        let fault = Fault::new(Code::OutOfRange, "n > 93");
+        let reply = Reply::fault(request().id, fault.clone(), Executed::Yes);
+        let (properties, body) = encode_reply(&reply, Some("7".into()), false);
+        assert_eq!(
+            &body[..],
+            br#"{"error":{"code":"out_of_range","message":"n > 93"}}"#
+        );
+        assert_eq!(
+            (find(&properties, OUTCOME), find(&properties, EXECUTED)),
+            (Some("fault"), Some("yes"))
+        );
+        let Incoming::Reply(got) = decode_reply(&properties, body.to_vec()) else {
+            panic!("a reply");
+        };
+        assert_eq!(
+            got.outcome,
+            Outcome::Fault {
+                fault,
+                executed: Executed::Yes
+            }
+        );
+        assert!(got.body.is_empty());
+
+        let (properties, plain) = encode_reply(&reply, Some("7".into()), true);
+        assert_eq!((properties.headers(), plain), (&None, body));
+        assert_eq!(
+            properties.content_type().as_ref().unwrap().as_str(),
+            "application/json"
+        );
+    }
+
+    #[test]
+    fn a_plain_peer_is_understood() {
+        let properties = BasicProperties::default()
+            .with_correlation_id("1".into())
+            .with_reply_to("amq.gen-abc".into())
+            .with_type("not a method!".into());
+        let request = decode_request(&properties, Bytes::from_static(b"30")).unwrap();
+        assert!(is_plain(&properties));
+        assert_eq!(request.id.to_string(), "1");
+        assert_eq!(
+            (request.deadline, request.method, request.content_type),
+            (None, None, None)
+        );
+        let reply = decode_reply(
+            &BasicProperties::default().with_correlation_id("1".into()),
+            b"x".to_vec(),
+        );
+        assert!(matches!(
+            reply,
+            Incoming::Reply(Reply {
+                outcome: Outcome::Value,
+                ..
+            })
+        ));
+    }
+
+    #[test]
+    fn foreign_headers_are_ignored() {
+        let mut table = FieldTable::default();
+        table.insert("x-death".into(), AMQPValue::Void);
+        table.insert("Upper".into(), text("1"));
+        table.insert("number".into(), AMQPValue::LongInt(1));
+        table.insert("fine".into(), text("yes"));
+        let properties = BasicProperties::default().with_headers(table);
+        let headers = decode_headers(&properties);
+        assert_eq!(headers.iter().collect::<Vec<_>>(), [("fine", "yes")]);
+    }
+
+    #[test]
+    fn what_is_no_reply_is_told_with_its_id() {
+        let none = decode_reply(&BasicProperties::default(), Vec::new());
+        assert!(matches!(none, Incoming::Undecodable { id: None, .. }));
+        let mut table = FieldTable::default();
+        table.insert(OUTCOME.into(), text(FAULT));
+        let properties = BasicProperties::default()
+            .with_correlation_id("1".into())
+            .with_headers(table);
+        let bad = decode_reply(&properties, b"no json".to_vec());
+        assert!(matches!(bad, Incoming::Undecodable { id: Some(_), .. }));
+    }
+
+    #[test]
+    fn what_goes_round_again_stays_as_it_is() {
+        let properties = encode_request(&request(), Some(Duration::from_secs(2)));
+        let again = forward(&properties, 3, Some(Duration::from_millis(700)));
+        assert_eq!(attempt(&again), 3);
+        assert_eq!(time_to_live(&again), Some(Duration::from_millis(700)));
+        assert!(!is_plain(&again));
+        assert_eq!(again.correlation_id(), properties.correlation_id());
+        let dead = bury(&properties, 6, "poison");
+        assert_eq!(
+            (time_to_live(&dead), find(&dead, REASON)),
+            (None, Some("poison"))
+        );
+        assert_eq!(
+            (dead.reply_to(), dead.kind()),
+            (properties.reply_to(), properties.kind())
+        );
+        assert_eq!(attempt(&BasicProperties::default()), 2);
+    }
+}

@@ -1,0 +1,75 @@
+//! What this transport calls things on the broker.
+
+use antiphon_core::{Error, ErrorKind, ServiceName};
+use lapin::types::ShortString;
+use uuid::Uuid;
+
+/// Suffixes of the queues that stand beside a service's own.
+const RETRY: &str = ".retry";
+const DEAD: &str = ".dead";
+const OWNER: &str = ".owner";
+
+/// The queues of one service.
+#[derive(Clone, Debug)]
+pub(crate) struct QueueNames {
+    /// Requests.
+    pub(crate) main: ShortString,
+    /// Requests that were in the hands of a server that died, run one at a time.
+    pub(crate) retry: ShortString,
+    /// Requests that nobody will run any more.
+    pub(crate) dead: ShortString,
+    /// Held exclusively by the connection of an exclusive subscriber.
+    pub(crate) owner: ShortString,
+    /// True for the queue of one node, which expires when it is not used.
+    pub(crate) is_node: bool,
+}
+
+impl QueueNames {
+    /// # Errors
+    /// `Invalid` for a name that is another service's queue.
+    pub(crate) fn new(service: &ServiceName) -> Result<Self, Error> {
+        let name = service.as_str();
+        if [RETRY, DEAD, OWNER]
+            .iter()
+            .any(|suffix| name.ends_with(suffix))
+        {
+            let message =
+                format!("{name:?}: on RabbitMQ names in .retry, .dead and .owner are taken");
+            return Err(Error::not_executed(ErrorKind::Invalid, message));
+        }
+        // A service name has at most 129 bytes, so that no suffix can reach the 255 of a short string.
+        Ok(Self {
+            main: name.into(),
+            retry: format!("{name}{RETRY}").into(),
+            dead: format!("{name}{DEAD}").into(),
+            owner: format!("{name}{OWNER}").into(),
+            is_node: service.node().is_some(),
+        })
+    }
+}
+
+/// A new inbox. Nobody can guess it, and it is not of the `amq.` names, which only the broker may give.
+pub(crate) fn random_inbox() -> String {
+    format!("antiphon.inbox.{}", Uuid::new_v4().simple())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_longest_service_fits() {
+        let name = format!("{}@{}", "s".repeat(64), "n".repeat(64));
+        let names = QueueNames::new(&ServiceName::new(&name).unwrap()).unwrap();
+        assert_eq!(names.retry.as_str(), format!("{name}.retry"));
+        assert!(names.is_node);
+    }
+
+    #[test]
+    fn the_queue_of_another_service_is_no_service() {
+        for taken in ["fib.retry", "fib.dead", "fib.owner", "fib@a.dead"] {
+            let error = QueueNames::new(&ServiceName::new(taken).unwrap()).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Invalid, "{taken}");
+        }
+    }
+}

@@ -1,0 +1,383 @@
+//! Sends requests: one task takes whatever has piled up, publishes it, and tells each sender what became of it.
+
+use std::collections::VecDeque;
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::Duration;
+
+use antiphon_core::{Error, ErrorKind, Reply, ReplyAddress, Request, Ticket};
+use lapin::types::ShortString;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::CancellationToken;
+
+use crate::error::closed;
+use crate::link::{Link, Session};
+use crate::message;
+use crate::outlet::{Fate, Message, Outlet};
+use crate::prober::no_responder;
+
+/// The most messages, and about the most bytes, that wait for the broker's word at once. What is above it stays in our own queue,
+/// where it can be withdrawn.
+const WINDOW: usize = 4096;
+const WINDOW_BYTES: usize = 64 * 1024 * 1024;
+
+/// The most messages that are taken in one go, so that confirms are looked at in between.
+const BATCH: usize = 256;
+
+/// How often confirms are looked at that nobody waits for urgently.
+const SWEEP: Duration = Duration::from_millis(2);
+
+/// A request to a service that has no queue yet is tried again after this time, and then at twice the distance each time.
+const RETRY_MIN: Duration = Duration::from_millis(50);
+const RETRY_MAX: Duration = Duration::from_millis(500);
+
+/// A request whose last try came back is given up this long before its deadline: afterwards its caller could no longer be
+/// told that it was certainly not executed.
+const GIVE_UP_EARLY: Duration = Duration::from_millis(3);
+
+/// While nothing can be sent, withdrawn requests are thrown out this often.
+const PURGE: Duration = Duration::from_millis(500);
+
+/// One message on its way out.
+#[derive(Debug)]
+pub(crate) struct Job {
+    pub(crate) what: What,
+    pub(crate) done: oneshot::Sender<Result<(), Error>>,
+}
+
+#[derive(Debug)]
+pub(crate) enum What {
+    Request(Box<OutgoingRequest>),
+    Reply { to: ReplyAddress, reply: Box<Reply> },
+}
+
+#[derive(Debug)]
+pub(crate) struct OutgoingRequest {
+    pub(crate) queue: ShortString,
+    pub(crate) request: Request,
+    /// By this host's clock.
+    pub(crate) deadline: Option<Instant>,
+    pub(crate) expect_responder: bool,
+    pub(crate) ticket: Ticket,
+    /// The pause before the next try, once one has come back.
+    pub(crate) backoff: Option<Duration>,
+}
+
+/// The task's own state.
+#[derive(Debug)]
+pub(crate) struct Publisher {
+    link: Link,
+    /// Open while inboxes are live.
+    gate: watch::Receiver<bool>,
+    jobs: mpsc::UnboundedReceiver<Job>,
+    closing: CancellationToken,
+    queue: VecDeque<Job>,
+    outlet: Option<Outlet<Job>>,
+    session: Option<Arc<Session>>,
+    /// Requests that came back, and when they are tried again.
+    returned: Vec<(Instant, Job)>,
+}
+
+impl Publisher {
+    pub(crate) fn new(
+        link: Link,
+        gate: watch::Receiver<bool>,
+        jobs: mpsc::UnboundedReceiver<Job>,
+        closing: CancellationToken,
+    ) -> Self {
+        Self {
+            link,
+            gate,
+            jobs,
+            closing,
+            queue: VecDeque::new(),
+            outlet: None,
+            session: None,
+            returned: Vec::new(),
+        }
+    }
+
+    /// Runs until the transport is closed.
+    pub(crate) async fn run(mut self) {
+        let closing = self.closing.clone();
+        let mut incoming = Vec::with_capacity(BATCH);
+        let mut fates = Vec::new();
+        let mut next_sweep = None;
+        loop {
+            let flowing = self.prepare().await;
+            if flowing {
+                self.publish();
+            }
+            let pending = self.pending();
+            if pending == 0 {
+                next_sweep = None;
+            } else if next_sweep.is_none() {
+                next_sweep = Some(Instant::now() + SWEEP);
+            }
+            let wake = self.next_wake(next_sweep, flowing);
+            let prompt = tokio::select! {
+                biased;
+                () = closing.cancelled() => return self.close(),
+                taken = self.jobs.recv_many(&mut incoming, BATCH) => {
+                    if taken == 0 {
+                        return self.close();
+                    }
+                    self.queue.extend(incoming.drain(..));
+                    false
+                }
+                () = prompt(&mut self.outlet) => true,
+                Ok(()) = self.link.state.changed() => false,
+                Ok(()) = self.link.blocked.changed() => false,
+                Ok(()) = self.gate.changed() => false,
+                () = sleep_until(wake.unwrap_or_else(Instant::now)), if wake.is_some() => false,
+            };
+            let now = Instant::now();
+            if prompt || next_sweep.is_some_and(|at| at <= now) || self.is_broken() {
+                next_sweep = None;
+                if let Some(outlet) = &mut self.outlet {
+                    outlet.sweep(&mut fates);
+                }
+                for (job, fate) in fates.drain(..) {
+                    self.decide(job, fate);
+                }
+            }
+            if self.is_broken() {
+                self.abandon();
+            }
+            self.retry_returned(now);
+            if !flowing {
+                self.purge();
+            }
+        }
+    }
+
+    /// Sees to it that there is a channel to publish on; false while nothing may be sent.
+    async fn prepare(&mut self) -> bool {
+        if !*self.gate.borrow_and_update() || self.link.blocked.borrow_and_update().is_some() {
+            return false;
+        }
+        if self.outlet.is_some() {
+            return true;
+        }
+        let Some(session) = self.link.session() else {
+            return false;
+        };
+        match session.confirm_channel().await {
+            Ok(channel) => {
+                self.outlet = Some(Outlet::new(channel));
+                self.session = Some(session);
+                true
+            }
+            Err(failure) => {
+                tracing::debug!(%failure, "no channel to publish on");
+                if session.is_alive() {
+                    session.suspect();
+                }
+                false
+            }
+        }
+    }
+
+    fn publish(&mut self) {
+        let Some(outlet) = &mut self.outlet else {
+            return;
+        };
+        for _ in 0..BATCH {
+            if !has_room(outlet) {
+                return;
+            }
+            let Some(mut job) = self.queue.pop_front() else {
+                return;
+            };
+            let Some((message, prompt)) = job.encode() else {
+                continue;
+            };
+            if let Err(unsent) = outlet.publish(message, prompt, job) {
+                self.queue.push_front(unsent);
+                return;
+            }
+        }
+    }
+
+    fn decide(&mut self, mut job: Job, fate: Fate) {
+        let result = match (&mut job.what, fate) {
+            (_, Fate::Accepted) => Ok(()),
+            (What::Request(request), Fate::Returned) if request.expect_responder => {
+                Err(no_responder(&request.queue))
+            }
+            (What::Request(request), Fate::Returned) => {
+                // Clients declare no queues: the request waits here until a server has.
+                let pause = request
+                    .backoff
+                    .map_or(RETRY_MIN, |pause| (pause * 2).min(RETRY_MAX));
+                request.backoff = Some(pause);
+                let mut at = Instant::now() + pause;
+                let last = request
+                    .deadline
+                    .and_then(|deadline| deadline.checked_sub(GIVE_UP_EARLY));
+                if let Some(last) = last {
+                    at = at.min(last);
+                }
+                return self.returned.push((at, job));
+            }
+            (What::Request(_), Fate::Refused) => Err(Error::maybe_executed(
+                ErrorKind::Overloaded,
+                "the broker did not take the request",
+            )),
+            (What::Request(_), Fate::Lost) => Err(Error::maybe_executed(
+                ErrorKind::ConnectionLost,
+                "the connection was lost before the broker accepted the request",
+            )),
+            // Whoever waited for it has gone, which is no error.
+            (What::Reply { .. }, Fate::Returned) => Ok(()),
+            (What::Reply { .. }, Fate::Refused) => Err(Error::maybe_executed(
+                ErrorKind::Overloaded,
+                "the broker did not take the reply",
+            )),
+            (What::Reply { .. }, Fate::Lost) => Err(Error::maybe_executed(
+                ErrorKind::ConnectionLost,
+                "the connection was lost before the broker accepted the reply",
+            )),
+        };
+        let _ = job.done.send(result);
+    }
+
+    /// Queues what came back and is due again; what has no time left is given up, and was certainly not executed.
+    fn retry_returned(&mut self, now: Instant) {
+        let mut index = 0;
+        while let Some((at, _)) = self.returned.get(index) {
+            if *at > now {
+                index += 1;
+                continue;
+            }
+            let (_, job) = self.returned.swap_remove(index);
+            if job.is_over(now + GIVE_UP_EARLY) {
+                let message = "nobody came to serve it before its deadline";
+                let error = Error::not_executed(ErrorKind::DeadlineExceeded, message);
+                let _ = job.done.send(Err(error));
+            } else if !job.is_abandoned() {
+                self.queue.push_back(job);
+            }
+        }
+    }
+
+    fn pending(&self) -> usize {
+        self.outlet.as_ref().map_or(0, |outlet| outlet.pending().0)
+    }
+
+    fn is_broken(&self) -> bool {
+        self.outlet.as_ref().is_some_and(|outlet| !outlet.is_open())
+    }
+
+    /// The channel is dead: whatever it had not confirmed may or may not have arrived.
+    fn abandon(&mut self) {
+        let Some(outlet) = self.outlet.take() else {
+            return;
+        };
+        self.session = None;
+        let lost: Vec<Job> = outlet.abandon().collect();
+        for job in lost {
+            self.decide(job, Fate::Lost);
+        }
+    }
+
+    fn purge(&mut self) {
+        self.queue.retain(|job| !job.is_withdrawn());
+    }
+
+    fn next_wake(&self, sweep: Option<Instant>, flowing: bool) -> Option<Instant> {
+        let retry = self.returned.iter().map(|(at, _)| *at).min();
+        let idle = self.queue.is_empty();
+        let busy = match flowing {
+            // A batch is through, and the next one waits. If the window is full, the sweep makes room.
+            true => (!idle && self.outlet.as_ref().is_some_and(has_room)).then(Instant::now),
+            false => (!idle).then(|| Instant::now() + PURGE),
+        };
+        sweep.into_iter().chain(retry).chain(busy).min()
+    }
+
+    fn close(mut self) {
+        self.jobs.close();
+        while let Ok(job) = self.jobs.try_recv() {
+            self.queue.push_back(job);
+        }
+        let returned = self.returned.drain(..).map(|(_, job)| job);
+        for job in self.queue.drain(..).chain(returned) {
+            let _ = job.done.send(Err(closed()));
+        }
+        for job in self.outlet.take().into_iter().flat_map(Outlet::abandon) {
+            let error = Error::maybe_executed(ErrorKind::Closed, "the transport was closed");
+            let _ = job.done.send(Err(error));
+        }
+    }
+}
+
+impl Job {
+    /// The message, and whether its sender waits for nothing but the confirm; `None` if it was withdrawn.
+    fn encode(&mut self) -> Option<(Message, bool)> {
+        match &self.what {
+            What::Request(outgoing) => {
+                let remaining = outgoing
+                    .deadline
+                    .map(|deadline| deadline.saturating_duration_since(Instant::now()));
+                // From here on it counts as sent: nothing below may fail without saying so.
+                if !outgoing.ticket.commit() {
+                    return None;
+                }
+                let properties = message::encode_request(&outgoing.request, remaining);
+                let message = Message {
+                    queue: outgoing.queue.clone(),
+                    properties,
+                    body: outgoing.request.body.clone(),
+                };
+                // A reply proves that its request was accepted, so only who gets none needs the confirm soon.
+                Some((message, outgoing.request.reply_to.is_none()))
+            }
+            What::Reply { to, reply } => {
+                let correlation = reply.id.with_str(|id| ShortString::from(id));
+                let (properties, body) = message::encode_reply(reply, Some(correlation), false);
+                let queue = to.as_str().into();
+                let message = Message {
+                    queue,
+                    properties,
+                    body,
+                };
+                Some((message, true))
+            }
+        }
+    }
+
+    fn is_withdrawn(&self) -> bool {
+        match &self.what {
+            What::Request(request) => request.ticket.is_withdrawn(),
+            What::Reply { .. } => false,
+        }
+    }
+
+    /// True if nobody waits for it any more. Its ticket was committed by an earlier try, so it cannot be withdrawn.
+    fn is_abandoned(&self) -> bool {
+        self.done.is_closed()
+    }
+
+    fn is_over(&self, now: Instant) -> bool {
+        match &self.what {
+            What::Request(request) => request.deadline.is_some_and(|deadline| deadline <= now),
+            What::Reply { .. } => false,
+        }
+    }
+}
+
+fn has_room(outlet: &Outlet<Job>) -> bool {
+    let (messages, bytes) = outlet.pending();
+    messages < WINDOW && bytes < WINDOW_BYTES && outlet.is_open()
+}
+
+async fn prompt(outlet: &mut Option<Outlet<Job>>) {
+    poll_fn(|cx| match outlet {
+        Some(outlet) => outlet.poll_prompt(cx),
+        None => Poll::Pending,
+    })
+    .await
+}

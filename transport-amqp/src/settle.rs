@@ -1,0 +1,63 @@
+//! The settling half of a delivery: it tells the subscription's task, and waits for its word.
+
+use antiphon_core::transport::{Settle, Settlement};
+use antiphon_core::{Error, ErrorKind};
+use async_trait::async_trait;
+use tokio::sync::{mpsc, oneshot};
+
+/// What the task of a subscription is told.
+#[derive(Debug)]
+pub(crate) enum Command {
+    /// Settle a delivery, and say when it is.
+    Settle {
+        key: u64,
+        settle: Settle,
+        done: oneshot::Sender<Result<(), Error>>,
+    },
+    /// A delivery was dropped unsettled.
+    Dropped { key: u64 },
+    /// Publish again what a delivery needs; its queue was not there, and is now.
+    Again { key: u64 },
+    /// Take nothing more.
+    Stop { done: oneshot::Sender<()> },
+}
+
+#[derive(Debug)]
+pub(crate) struct AmqpSettlement {
+    key: u64,
+    commands: Option<mpsc::UnboundedSender<Command>>,
+}
+
+impl AmqpSettlement {
+    pub(crate) fn new(key: u64, commands: mpsc::UnboundedSender<Command>) -> Self {
+        Self {
+            key,
+            commands: Some(commands),
+        }
+    }
+}
+
+#[async_trait]
+impl Settlement for AmqpSettlement {
+    async fn settle(mut self: Box<Self>, settle: Settle) -> Result<(), Error> {
+        let (done, settled) = oneshot::channel();
+        // Taken, so that dropping this future no longer counts as dropping the delivery.
+        if let Some(commands) = self.commands.take() {
+            let key = self.key;
+            let _ = commands.send(Command::Settle { key, settle, done });
+        }
+        settled.await.unwrap_or_else(|_| {
+            let message = "the transport was closed before the broker's word";
+            Err(Error::maybe_executed(ErrorKind::Closed, message))
+        })
+    }
+}
+
+impl Drop for AmqpSettlement {
+    fn drop(&mut self) {
+        if let Some(commands) = self.commands.take() {
+            // If the task has gone, the delivery went back with its channel.
+            let _ = commands.send(Command::Dropped { key: self.key });
+        }
+    }
+}

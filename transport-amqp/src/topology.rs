@@ -1,0 +1,196 @@
+//! What is declared on the broker, and who owns it.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use antiphon_core::{Error, ErrorKind, ServiceName};
+use lapin::options::{QueueDeclareOptions, QueueDeleteOptions};
+use lapin::types::{AMQPValue, FieldTable, ShortString};
+use tokio::time::{Instant, sleep};
+
+use crate::config::AmqpConfig;
+use crate::error::{Failure, NOT_FOUND, PRECONDITION_FAILED, RESOURCE_LOCKED};
+use crate::link::{Session, bounded};
+use crate::naming::QueueNames;
+
+/// How long consumers of others may still be counted after they have gone.
+const CONSUMERS_LINGER: Duration = Duration::from_millis(300);
+
+const OWNER_RETRY: Duration = Duration::from_millis(20);
+
+/// Sees to it that a queue is there. One that is there is used as it is.
+pub(crate) async fn ensure(
+    session: &Session,
+    config: &AmqpConfig,
+    names: &QueueNames,
+    queue: &ShortString,
+) -> Result<(), Failure> {
+    match consumers(session, queue).await {
+        Ok(_) => return Ok(()),
+        Err(failure) if failure.is(NOT_FOUND) => {}
+        Err(failure) => return Err(failure),
+    }
+    let mut arguments = FieldTable::default();
+    let queue_type = AMQPValue::LongString(config.queue_type.as_str().into());
+    arguments.insert("x-queue-type".into(), queue_type);
+    if names.is_node {
+        let millis = config.node_queue_expires.as_millis().max(1);
+        let millis = i64::try_from(millis).unwrap_or(i64::MAX);
+        arguments.insert("x-expires".into(), AMQPValue::LongLongInt(millis));
+    }
+    let declared = session
+        .declare(queue, QueueDeclareOptions::durable(), arguments)
+        .await;
+    match declared {
+        // Somebody else declared it in between, in another way.
+        Err(failure) if failure.is(PRECONDITION_FAILED) => {
+            consumers(session, queue).await.map(drop)
+        }
+        other => other.map(drop),
+    }
+}
+
+/// How many consumers a queue has.
+pub(crate) async fn consumers(session: &Session, queue: &ShortString) -> Result<u32, Failure> {
+    let options = QueueDeclareOptions::durable().passive();
+    let queue = session
+        .declare(queue, options, FieldTable::default())
+        .await?;
+    Ok(queue.consumer_count())
+}
+
+/// Becomes the owner of a service, trying for `patience`: its last owner may be dead and not yet buried.
+pub(crate) async fn own(
+    session: &Session,
+    names: &QueueNames,
+    patience: Duration,
+) -> Result<(), Failure> {
+    let end = Instant::now() + patience;
+    let mut arguments = FieldTable::default();
+    arguments.insert(
+        "x-queue-type".into(),
+        AMQPValue::LongString("classic".into()),
+    );
+    loop {
+        let options = QueueDeclareOptions::exclusive();
+        match session
+            .declare(&names.owner, options, arguments.clone())
+            .await
+        {
+            Ok(_) => break,
+            Err(failure) if failure.is(RESOURCE_LOCKED) && Instant::now() < end => {}
+            Err(failure) if failure.is(RESOURCE_LOCKED) => {
+                return Err(already_owned(names, "another exclusive subscriber owns it"));
+            }
+            Err(failure) => return Err(failure),
+        }
+        sleep(OWNER_RETRY).await;
+    }
+    let end = Instant::now() + CONSUMERS_LINGER;
+    loop {
+        let others = consumers(session, &names.main).await?;
+        if others == 0 {
+            return Ok(());
+        }
+        if Instant::now() >= end {
+            disown(session, names).await;
+            return Err(already_owned(names, "shared subscribers serve it"));
+        }
+        sleep(OWNER_RETRY).await;
+    }
+}
+
+/// Gives a service up.
+pub(crate) async fn disown(session: &Session, names: &QueueNames) {
+    let Ok(channel) = session.channel().await else {
+        // It went with the connection.
+        return;
+    };
+    let delete = channel.queue_delete(names.owner.clone(), QueueDeleteOptions::default());
+    if let Err(failure) = bounded("queue.delete", delete).await {
+        tracing::debug!(%failure, "the owner's queue was not removed");
+    }
+}
+
+/// # Errors
+/// `AlreadyOwned` if an exclusive subscriber owns the service.
+pub(crate) async fn refuse_owned(session: &Session, names: &QueueNames) -> Result<(), Failure> {
+    match consumers(session, &names.owner).await {
+        Err(failure) if failure.is(NOT_FOUND) => Ok(()),
+        Err(failure) if failure.is(RESOURCE_LOCKED) => {
+            Err(already_owned(names, "an exclusive subscriber owns it"))
+        }
+        // Ours, by another subscription of this transport that is just going away.
+        Ok(_) => Err(already_owned(names, "an exclusive subscriber owns it")),
+        Err(failure) => Err(failure),
+    }
+}
+
+fn already_owned(names: &QueueNames, why: &str) -> Failure {
+    let message = format!("{}: {why}", names.main);
+    Failure::Final(Error::not_executed(ErrorKind::AlreadyOwned, message))
+}
+
+/// The subscriptions of one transport. The broker cannot tell them apart, since they share a connection.
+#[derive(Debug, Default)]
+pub(crate) struct Claims(Mutex<HashMap<ServiceName, Claimed>>);
+
+/// How many subscriptions serve a service, and whether it is but an exclusive one.
+#[derive(Debug)]
+struct Claimed {
+    exclusive: bool,
+    count: usize,
+}
+
+/// One subscription's place among them.
+#[derive(Debug)]
+pub(crate) struct Claim {
+    claims: Arc<Claims>,
+    service: ServiceName,
+}
+
+impl Claims {
+    /// # Errors
+    /// `AlreadyOwned` if this subscription and those there are cannot be together.
+    pub(crate) fn claim(
+        self: &Arc<Self>,
+        service: &ServiceName,
+        exclusive: bool,
+    ) -> Result<Claim, Error> {
+        let mut claims = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match claims.entry(service.clone()) {
+            Entry::Vacant(place) => {
+                place.insert(Claimed {
+                    exclusive,
+                    count: 1,
+                });
+            }
+            Entry::Occupied(mut place) => {
+                let claimed = place.get_mut();
+                if claimed.exclusive || exclusive {
+                    let message = format!("{service}: this transport serves it already");
+                    return Err(Error::not_executed(ErrorKind::AlreadyOwned, message));
+                }
+                claimed.count += 1;
+            }
+        }
+        Ok(Claim {
+            claims: Arc::clone(self),
+            service: service.clone(),
+        })
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        let mut claims = self.claims.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Entry::Occupied(mut place) = claims.entry(self.service.clone()) {
+            place.get_mut().count -= 1;
+            if place.get().count == 0 {
+                place.remove();
+            }
+        }
+    }
+}

@@ -1,0 +1,300 @@
+//! The transport: two connections, and what lives on them.
+
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use antiphon_core::transport::{
+    Capabilities, Inbox, Outbound, SubscribeMode, SubscribeOptions, Subscription, Transport,
+};
+use antiphon_core::{ConnectionState, Error, ErrorKind, ServiceName};
+use async_trait::async_trait;
+use tokio::runtime::Handle;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::{Instant, timeout};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::config::AmqpConfig;
+use crate::courier::{Courier, Route};
+use crate::error::closed;
+use crate::inbox::AmqpInbox;
+use crate::intake::{Intake, Plan};
+use crate::link::Link;
+use crate::naming::QueueNames;
+use crate::prober::Prober;
+use crate::publisher::{Job, OutgoingRequest, Publisher, What};
+use crate::recovery::{Members, keep_state};
+use crate::subscription::AmqpSubscription;
+use crate::topology::Claims;
+
+/// How long the tasks have to come to an end before the connections are closed under them.
+const TASKS_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// How long the connections have to close.
+const LINKS_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// A connection to a RabbitMQ broker.
+///
+/// It consists of two connections, one to publish and one to consume, so that a broker that blocks publishers still delivers
+/// replies and takes acknowledgements. Dropping it ends everything that was opened on it.
+pub struct AmqpTransport {
+    config: AmqpConfig,
+    runtime: Handle,
+    publish: Link,
+    consume: Link,
+    members: Arc<Members>,
+    claims: Arc<Claims>,
+    prober: Arc<Prober>,
+    jobs: mpsc::UnboundedSender<Job>,
+    state: watch::Receiver<ConnectionState>,
+    undeliverable: Arc<AtomicU64>,
+    shutdown: Shutdown,
+}
+
+impl AmqpTransport {
+    /// Connects. Its tasks run on the present Tokio runtime.
+    ///
+    /// **Cancel safety**: dropping the future closes what was opened.
+    ///
+    /// # Errors
+    /// `Connect` if the broker is not there, refuses the user, or does not answer within
+    /// [`AmqpConfig::connect_timeout`].
+    pub async fn connect(config: AmqpConfig) -> Result<Self, Error> {
+        let shutdown = Shutdown::default();
+        let link = |name| Link::connect(&config, name, shutdown.links.clone());
+        let connected = tokio::try_join!(link("publish"), link("consume"));
+        let ((publish, keep_publish), (consume, keep_consume)) =
+            connected.map_err(|failure| failure.into_connect_error(&config.address()))?;
+        shutdown.link_tasks.spawn(keep_publish);
+        shutdown.link_tasks.spawn(keep_consume);
+
+        let members = Members::new();
+        let (state, state_receiver) = watch::channel(ConnectionState::Connected);
+        let (gate, gate_receiver) = watch::channel(true);
+        shutdown.link_tasks.spawn(keep_state(
+            publish.clone(),
+            consume.clone(),
+            Arc::clone(&members),
+            state,
+            gate,
+        ));
+        let (jobs, job_receiver) = mpsc::unbounded_channel();
+        let publisher = Publisher::new(
+            publish.clone(),
+            gate_receiver,
+            job_receiver,
+            shutdown.tasks_token.clone(),
+        );
+        shutdown.tasks.spawn(publisher.run());
+        Ok(Self {
+            runtime: Handle::current(),
+            prober: Arc::new(Prober::new(consume.clone())),
+            publish,
+            consume,
+            members,
+            claims: Arc::default(),
+            jobs,
+            state: state_receiver,
+            undeliverable: Arc::default(),
+            shutdown,
+            config,
+        })
+    }
+
+    /// How many replies of this transport's servers found no inbox: their callers had gone.
+    #[must_use]
+    pub fn undeliverable_replies(&self) -> u64 {
+        self.undeliverable.load(Ordering::Relaxed)
+    }
+
+    fn check_open(&self) -> Result<(), Error> {
+        match self.shutdown.tasks_token.is_cancelled() {
+            true => Err(closed()),
+            false => Ok(()),
+        }
+    }
+
+    /// Hands a job to the publisher, which tells `done` what became of it.
+    fn enqueue(&self, message: Outbound, done: oneshot::Sender<Result<(), Error>>) {
+        let (service, request, expect_responder, ticket) = match message {
+            Outbound::Reply { to, reply } => {
+                let what = What::Reply {
+                    to,
+                    reply: Box::new(reply),
+                };
+                return self.submit(Job { what, done });
+            }
+            Outbound::Request {
+                service,
+                request,
+                expect_responder,
+                ticket,
+            } => (service, request, expect_responder, ticket),
+        };
+        let queue = match QueueNames::new(&service) {
+            Ok(names) => names.main,
+            Err(error) => {
+                let _ = done.send(Err(error));
+                return;
+            }
+        };
+        let deadline = request
+            .deadline
+            .and_then(|deadline| Instant::now().checked_add(deadline.budget));
+        let job = Job {
+            what: What::Request(Box::new(OutgoingRequest {
+                queue: queue.clone(),
+                request,
+                deadline,
+                expect_responder,
+                ticket,
+                backoff: None,
+            })),
+            done,
+        };
+        if !expect_responder {
+            return self.submit(job);
+        }
+        let (prober, jobs) = (Arc::clone(&self.prober), self.jobs.clone());
+        let probe = async move {
+            match prober.expect_consumer(&queue).await {
+                Ok(()) => {
+                    // If it fails, the job is dropped, and its sender learns that the transport is closed.
+                    let _ = jobs.send(job);
+                }
+                Err(error) => {
+                    let _ = job.done.send(Err(error));
+                }
+            }
+        };
+        let closing = self.shutdown.tasks_token.clone();
+        self.spawn(async move {
+            closing.run_until_cancelled(probe).await;
+        });
+    }
+
+    fn submit(&self, job: Job) {
+        // If it fails, the job is dropped, and its sender learns that the transport is closed.
+        let _ = self.jobs.send(job);
+    }
+
+    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        self.shutdown.tasks.spawn_on(task, &self.runtime);
+    }
+}
+
+#[async_trait]
+impl Transport for AmqpTransport {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::none()
+    }
+
+    async fn send(&self, message: Outbound) -> Result<(), Error> {
+        self.check_open()?;
+        let (done, outcome) = oneshot::channel();
+        self.enqueue(message, done);
+        outcome.await.unwrap_or_else(|_| Err(closed()))
+    }
+
+    async fn open_inbox(&self) -> Result<Box<dyn Inbox>, Error> {
+        self.check_open()?;
+        let closing = self.shutdown.tasks_token.clone();
+        let open = AmqpInbox::open(self.consume.clone(), &self.members, closing.clone());
+        let opened = closing.run_until_cancelled(open).await;
+        let (inbox, keeper) = opened.unwrap_or_else(|| Err(closed()))?;
+        self.spawn(keeper);
+        Ok(Box::new(inbox))
+    }
+
+    async fn subscribe(
+        &self,
+        service: &ServiceName,
+        options: SubscribeOptions,
+    ) -> Result<Box<dyn Subscription>, Error> {
+        self.check_open()?;
+        let exclusive = match options.mode {
+            SubscribeMode::Shared => false,
+            SubscribeMode::Exclusive => true,
+            other => {
+                let message = format!("subscribing as {other:?} on RabbitMQ");
+                return Err(Error::not_executed(ErrorKind::Unsupported, message));
+            }
+        };
+        let plan = Arc::new(Plan {
+            config: self.config.clone(),
+            names: QueueNames::new(service)?,
+            prefetch: options.prefetch.clamp(1, usize::from(u16::MAX)),
+            exclusive,
+        });
+        let claim = self.claims.claim(service, exclusive)?;
+        let closing = self.shutdown.tasks_token.clone();
+        let open = Intake::open(self.consume.clone(), Arc::clone(&plan), false);
+        let intake = match closing.run_until_cancelled(open).await {
+            Some(Ok(intake)) => intake,
+            Some(Err(failure)) => return Err(failure.into_error(&format!("serving {service}"))),
+            None => return Err(closed()),
+        };
+        let route = Route {
+            plan,
+            consume: self.consume.clone(),
+            publish: self.publish.clone(),
+            member: self.members.enter(intake.session.number),
+            _claim: claim,
+            closing,
+            undeliverable: Arc::clone(&self.undeliverable),
+        };
+        let (deliveries, delivery_receiver) = mpsc::unbounded_channel();
+        let commands = mpsc::unbounded_channel();
+        let over = Arc::new(OnceLock::new());
+        let subscription =
+            AmqpSubscription::new(delivery_receiver, commands.0.clone(), Arc::clone(&over));
+        let courier = Courier::new(route, intake, deliveries, commands, over);
+        self.spawn(courier.run());
+        Ok(Box::new(subscription))
+    }
+
+    fn state(&self) -> watch::Receiver<ConnectionState> {
+        self.state.clone()
+    }
+
+    async fn close(&self) {
+        self.shutdown.clone().run().await;
+    }
+}
+
+impl fmt::Debug for AmqpTransport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AmqpTransport")
+            .field("config", &self.config)
+            .field("state", &*self.state.borrow())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Drop for AmqpTransport {
+    fn drop(&mut self) {
+        self.runtime.spawn(self.shutdown.clone().run());
+    }
+}
+
+/// Ends the tasks first, and then the connections that they use.
+#[derive(Clone, Default)]
+struct Shutdown {
+    tasks: TaskTracker,
+    tasks_token: CancellationToken,
+    link_tasks: TaskTracker,
+    links: CancellationToken,
+}
+
+impl Shutdown {
+    async fn run(self) {
+        self.tasks_token.cancel();
+        self.tasks.close();
+        let _ = timeout(TASKS_TIMEOUT, self.tasks.wait()).await;
+        self.links.cancel();
+        self.link_tasks.close();
+        let _ = timeout(LINKS_TIMEOUT, self.link_tasks.wait()).await;
+    }
+}

@@ -1,0 +1,342 @@
+//! What a queue holds, and how it changes under the queue's lock.
+
+use std::collections::VecDeque;
+use std::mem;
+use std::task::Waker;
+
+use antiphon_core::transport::SubscribeMode;
+use antiphon_core::{Error, ErrorKind, ServiceName};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::{Claim, Queued, Return, Taken};
+use crate::broker::DeadLetter;
+use crate::closed;
+use crate::config::MemoryConfig;
+use crate::session::{Presence, Session};
+use crate::table::{Key, Table};
+
+#[derive(Debug)]
+pub(super) struct State {
+    pub(super) ready: VecDeque<Queued>,
+    pub(super) held: Table<Held>,
+    pub(super) sessions: Table<Session>,
+    /// Sessions with free hands that wait for a request, the longest waiting first.
+    pub(super) idle: VecDeque<Key>,
+    pub(super) dead: VecDeque<DeadLetter>,
+    /// The earliest end of a paused session's lease. Nobody sleeps for it but those that could take what it frees;
+    /// everybody else looks when they come by.
+    pub(super) lease_check: Option<Instant>,
+}
+
+/// A request in a session's hands.
+#[derive(Debug)]
+pub(super) struct Held {
+    pub(super) queued: Queued,
+    pub(super) session: Key,
+}
+
+impl State {
+    pub(super) fn new() -> Self {
+        Self {
+            ready: VecDeque::new(),
+            held: Table::new(),
+            sessions: Table::new(),
+            idle: VecDeque::new(),
+            dead: VecDeque::new(),
+            lease_check: None,
+        }
+    }
+
+    pub(super) fn claim(
+        &mut self,
+        key: Key,
+        waker: &Waker,
+        taken: &mut Vec<Taken>,
+        effects: &mut Effects,
+    ) -> Claim {
+        if self.lease_check.is_some() {
+            self.end_leases(Instant::now(), effects);
+        }
+        let Some(session) = self.sessions.find_mut(key) else {
+            return Claim::Over(closed("subscription"));
+        };
+        if let Presence::Over(error) = &session.presence {
+            return Claim::Over(error.clone());
+        }
+        let free = session.options.prefetch.saturating_sub(session.held);
+        if free == 0 || !session.takes() {
+            session.wait(waker);
+            return Claim::Wait(None);
+        }
+        while taken.len() < free {
+            let Some(queued) = self.ready.pop_front() else {
+                break;
+            };
+            if !queued.is_here() {
+                self.ready.push_front(queued);
+                break;
+            }
+            let Queued {
+                request,
+                attempt,
+                expires,
+                ..
+            } = &queued;
+            let (request, attempt, expires) = (request.clone(), *attempt, *expires);
+            let key = self.held.insert(Held {
+                queued,
+                session: key,
+            });
+            taken.push(Taken {
+                request,
+                attempt,
+                expires,
+                key,
+            });
+        }
+        if taken.is_empty() {
+            session.wait(waker);
+            if !mem::replace(&mut session.idle, true) {
+                self.idle.push_back(key);
+            }
+            let arrives = self.ready.front().and_then(|queued| queued.arrives);
+            return Claim::Wait(arrives.into_iter().chain(self.lease_check).min());
+        }
+        session.held += taken.len();
+        session.waker = None;
+        let lease = session.lease.clone();
+        self.leave_idle(key);
+        self.pass_on(effects);
+        Claim::Taken(lease)
+    }
+
+    /// If requests wait, wakes the next session that may take them. Each claim that leaves some does so, which is why
+    /// one wake-up is enough for any number of requests.
+    pub(super) fn pass_on(&mut self, effects: &mut Effects) {
+        if !self.ready.is_empty() {
+            effects.wake_all(self.next_idle());
+        }
+    }
+
+    pub(super) fn next_idle(&mut self) -> Option<Waker> {
+        while let Some(key) = self.idle.pop_front() {
+            if let Some(session) = self.sessions.find_mut(key) {
+                session.idle = false;
+                if let Some(waker) = session.waker.take() {
+                    return Some(waker);
+                }
+            }
+        }
+        None
+    }
+
+    pub(super) fn leave_idle(&mut self, key: Key) {
+        if let Some(session) = self.sessions.find_mut(key)
+            && mem::take(&mut session.idle)
+        {
+            self.idle.retain(|other| *other != key);
+        }
+    }
+
+    /// A delivery left the session's hands.
+    pub(super) fn free_hand(&mut self, key: Key, effects: &mut Effects) {
+        let Some(session) = self.sessions.find_mut(key) else {
+            return;
+        };
+        session.held = session.held.saturating_sub(1);
+        if session.abandoned {
+            if session.held == 0 {
+                self.sessions.remove(key);
+            }
+            return;
+        }
+        if session.idle || session.waker.is_none() || !session.takes() {
+            return;
+        }
+        // It waits with hands that were full. With nothing to take, it need not run to learn that it may take again.
+        if self.ready.is_empty() && self.lease_check.is_none() {
+            session.idle = true;
+            self.idle.push_back(key);
+        } else {
+            effects.wake_all(session.waker.take());
+        }
+    }
+
+    /// Moves a held request to the head, and says who held it.
+    pub(super) fn put_back(&mut self, key: Key, how: Return) -> Option<Key> {
+        let Held {
+            mut queued,
+            session,
+        } = self.held.remove(key)?;
+        if how == Return::Counted {
+            queued.attempt = queued.attempt.saturating_add(1);
+        }
+        queued.arrives = None;
+        self.ready.push_front(queued);
+        Some(session)
+    }
+
+    /// The session's lease is lost with all that it holds. A later one has its own.
+    pub(super) fn lose(&mut self, key: Key, effects: &mut Effects) {
+        for held in self.held.keys(|held| held.session == key).into_iter().rev() {
+            self.put_back(held, Return::Counted);
+        }
+        let Some(session) = self.sessions.find_mut(key) else {
+            return;
+        };
+        session.held = 0;
+        effects.leases.push(mem::take(&mut session.lease));
+        if session.abandoned {
+            self.sessions.remove(key);
+        }
+    }
+
+    pub(super) fn detach(&mut self, key: Key, effects: &mut Effects) {
+        self.leave_idle(key);
+        if let Some(session) = self.sessions.find_mut(key)
+            && session.is_live()
+        {
+            session.presence = Presence::Away;
+        }
+        self.lose(key, effects);
+        self.pass_on(effects);
+    }
+
+    pub(super) fn rejoin(&mut self, key: Key, name: &ServiceName, effects: &mut Effects) {
+        let Some(mode) = self
+            .sessions
+            .find_mut(key)
+            .map(|session| session.options.mode)
+        else {
+            return;
+        };
+        let excluded = self.is_excluded(mode);
+        let Some(session) = self.sessions.find_mut(key) else {
+            return;
+        };
+        session.presence = if excluded {
+            Presence::Over(already_owned(name))
+        } else {
+            Presence::Live
+        };
+        effects.wake_all(session.waker.take());
+    }
+
+    pub(super) fn end(&mut self, key: Key, error: Error, effects: &mut Effects) {
+        self.leave_idle(key);
+        if let Some(session) = self.sessions.find_mut(key) {
+            if !matches!(session.presence, Presence::Over(_)) {
+                session.presence = Presence::Over(error);
+            }
+            effects.wake_all(session.waker.take());
+        }
+        self.pass_on(effects);
+    }
+
+    /// Ends the leases of sessions that have been paused for too long.
+    pub(super) fn end_leases(&mut self, now: Instant, effects: &mut Effects) {
+        if self.lease_check.is_none_or(|check| now < check) {
+            return;
+        }
+        let is_over = |session: &Session| {
+            (session.is_live() || session.held > 0)
+                && session.lease_ends.is_some_and(|ends| ends <= now)
+        };
+        for key in self.sessions.keys(is_over) {
+            self.detach(key, effects);
+        }
+        self.find_lease_check();
+    }
+
+    pub(super) fn find_lease_check(&mut self) {
+        let leased = self
+            .sessions
+            .iter()
+            .filter(|(_, session)| session.is_live() || session.held > 0);
+        self.lease_check = leased.filter_map(|(_, session)| session.lease_ends).min();
+    }
+
+    pub(super) fn is_served(&self, now: Instant) -> bool {
+        let serves = |session: &Session| {
+            session.is_live() && session.lease_ends.is_none_or(|ends| now < ends)
+        };
+        self.sessions.iter().any(|(_, session)| serves(session))
+    }
+
+    pub(super) fn is_excluded(&self, mode: SubscribeMode) -> bool {
+        self.sessions
+            .iter()
+            .any(|(_, session)| session.excludes(mode))
+    }
+
+    pub(super) fn wake_waiting(&mut self, effects: &mut Effects) {
+        for key in self.sessions.keys(|session| session.waker.is_some()) {
+            self.leave_idle(key);
+            effects.wake_all(
+                self.sessions
+                    .find_mut(key)
+                    .and_then(|session| session.waker.take()),
+            );
+        }
+    }
+
+    pub(super) fn forget_expired(&mut self, config: &MemoryConfig) {
+        let now = Instant::now();
+        self.ready
+            .retain(|queued| !queued.is_forgotten(now, config));
+    }
+}
+
+impl Queued {
+    pub(super) fn is_here(&self) -> bool {
+        self.arrives.is_none_or(|arrives| arrives <= Instant::now())
+    }
+
+    /// True once it has been expired for so long that no server need report it.
+    pub(super) fn is_forgotten(&self, now: Instant, config: &MemoryConfig) -> bool {
+        self.expires
+            .is_some_and(|expires| now.saturating_duration_since(expires) > config.keep_expired)
+    }
+}
+
+/// What is done once the lock is released: a waker or a cancelled token may run code that takes it.
+#[derive(Default)]
+pub(super) struct Effects {
+    waker: Option<Waker>,
+    wakers: Vec<Waker>,
+    leases: Vec<CancellationToken>,
+}
+
+impl Effects {
+    pub(super) fn wake(&mut self, waker: Waker) {
+        if self.waker.is_none() {
+            self.waker = Some(waker);
+        } else {
+            self.wakers.push(waker);
+        }
+    }
+
+    pub(super) fn wake_all(&mut self, wakers: impl IntoIterator<Item = Waker>) {
+        for waker in wakers {
+            self.wake(waker);
+        }
+    }
+
+    pub(super) fn run(self) {
+        // First, so that a server learns of its loss before anybody else can have the request.
+        for lease in self.leases {
+            lease.cancel();
+        }
+        for waker in self.waker.into_iter().chain(self.wakers) {
+            waker.wake();
+        }
+    }
+}
+
+pub(super) fn already_owned(service: &ServiceName) -> Error {
+    Error::not_executed(
+        ErrorKind::AlreadyOwned,
+        format!("another subscriber of {service} excludes this one"),
+    )
+}

@@ -95,7 +95,7 @@ impl Queue {
         {
             state.ready.pop_front();
         }
-        if state.ready.len() >= config.max_queued {
+        if state.len() >= config.max_queued {
             return Err(Error::not_executed(
                 ErrorKind::Overloaded,
                 format!("the queue of {} is full", self.name),
@@ -134,7 +134,7 @@ impl Queue {
     /// Undoes the waiting of a claim whose future is dropped.
     pub(crate) fn cancel_wait(&self, key: Key) {
         self.update(|state, effects| {
-            state.leave_idle(key);
+            state.stop_waiting(key);
             if let Some(session) = state.sessions.find_mut(key) {
                 session.waker = None;
             }
@@ -169,7 +169,7 @@ impl Queue {
         })
     }
 
-    /// Puts a held delivery back to the head; `None` if it is held no more.
+    /// Puts a held delivery back; `None` if it is held no more.
     pub(crate) fn give_back(&self, key: Key, how: Return) -> Option<()> {
         self.update(|state, effects| {
             let session = state.put_back(key, how)?;
@@ -245,7 +245,7 @@ impl Queue {
                 if let Some(session) = state.sessions.find_mut(key) {
                     session.lease_ends = Some(lease_ends);
                 }
-                state.leave_idle(key);
+                state.stop_waiting(key);
             }
             state.find_lease_check();
             // Those that can take what the lease frees must now sleep until it ends.
@@ -292,6 +292,7 @@ impl Queue {
                 state.lose(key, effects);
             }
             state.ready.clear();
+            state.suspects.clear();
             state.dead.clear();
             state.wake_waiting(effects);
         });
@@ -302,8 +303,9 @@ impl Queue {
         self.update(|state, effects| {
             state.end_leases(Instant::now(), effects);
             state.forget_expired(config);
+            state.pass_on(effects);
             ServiceStats {
-                queued: state.ready.len(),
+                queued: state.len(),
                 held: state.held.len(),
                 dead: state.dead.len(),
                 subscribers: state
@@ -318,11 +320,12 @@ impl Queue {
     /// True if forgetting the whole queue loses nothing.
     pub(crate) fn is_unused(&self, config: &MemoryConfig) -> bool {
         let mut state = lock(&self.state);
+        // What is held has a session.
+        if state.sessions.len() > 0 || !state.dead.is_empty() {
+            return false;
+        }
         state.forget_expired(config);
-        state.ready.is_empty()
-            && state.dead.is_empty()
-            && state.held.len() == 0
-            && state.sessions.len() == 0
+        state.is_empty()
     }
 
     pub(crate) fn dead_letters(&self) -> Vec<DeadLetter> {

@@ -15,6 +15,8 @@ pub(crate) struct Session {
     pub(crate) presence: Presence,
     /// How many deliveries are in its hands.
     pub(crate) held: usize,
+    /// What it holds is one suspect, beside which it takes nothing.
+    pub(crate) isolated: bool,
     /// Set while a `recv` waits.
     pub(crate) waker: Option<Waker>,
     /// In the queue's list of those that a new request may wake.
@@ -45,6 +47,7 @@ impl Session {
             options,
             presence: Presence::Live,
             held: 0,
+            isolated: false,
             waker: None,
             idle: false,
             lease: CancellationToken::new(),

@@ -4,7 +4,7 @@ mod support;
 
 use std::time::Duration;
 
-use antiphon_core::transport::{InboxEvent, SubscribeOptions};
+use antiphon_core::transport::{InboxEvent, SubscribeOptions, SubscriptionEvent};
 use antiphon_core::{ConnectionState, ErrorKind, Executed, Reply, Ticket, Transport};
 use antiphon_memory::{MemoryBroker, MemoryConfig, MemoryTransport};
 use futures_util::FutureExt;
@@ -39,13 +39,16 @@ async fn a_cut_server_is_fenced_and_subscribes_again() {
     let error = send_expecting(&client, "s", request("")).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NoResponder);
     let mut next = shared(&other, "s", 2).await;
-    let again = deliveries(&mut next).await;
-    assert_eq!(bodies(&again), ["1", "2"]);
-    assert!(
-        again
-            .iter()
-            .all(|delivery| delivery.attempt == 2 && !delivery.lease.is_cancelled())
-    );
+    for body in ["1", "2"] {
+        let again = delivery(&mut next).await;
+        assert_eq!(
+            (text(&again.request.body).as_str(), again.attempt),
+            (body, 2)
+        );
+        assert!(!again.lease.is_cancelled());
+        echo(again).await.unwrap();
+    }
+    assert_eq!(replies(&mut inbox).await, ["1", "2"]);
     drop(next);
     server.restore();
     assert_eq!(*state.borrow_and_update(), ConnectionState::Connected);
@@ -336,6 +339,79 @@ async fn a_lease_lost_after_the_subscription_was_dropped_returns_its_deliveries(
     assert_eq!(again.attempt, 2);
     assert!(held.lease.is_cancelled());
     assert_eq!(echo(held).await.unwrap_err().kind(), ErrorKind::LostLease);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_came_back_is_run_alone() {
+    let broker = MemoryBroker::new();
+    let (client, server, other) = (broker.connect(), broker.connect(), broker.connect());
+    let mut subscription = shared(&server, "s", 3).await;
+    for body in ["poison", "1", "2", "3", "4"] {
+        send(&client, "s", request(body)).await;
+    }
+    let mut held = deliveries(&mut subscription).await;
+    assert_eq!(bodies(&held), ["poison", "1", "2"]);
+    // Busy hands are emptied for it, and take nothing meanwhile.
+    drop(held.remove(0));
+    assert!(is_quiet(&mut subscription));
+    echo(held.remove(0)).await.unwrap();
+    assert!(is_quiet(&mut subscription));
+    let last = held.remove(0);
+    let (alone, ()) = tokio::join!(deliveries(&mut subscription), async {
+        echo(last).await.unwrap()
+    });
+    assert_eq!(
+        (bodies(&alone), alone[0].attempt),
+        (vec!["poison".to_owned()], 2)
+    );
+    assert!(is_quiet(&mut subscription));
+    // Idle hands take it at once, and those that were being emptied take others again.
+    drop(alone);
+    let suspect = delivery(&mut subscription).await;
+    suspect.release().await.unwrap();
+    let suspect = delivery(&mut subscription).await;
+    assert_eq!(suspect.attempt, 3);
+    echo(suspect).await.unwrap();
+    let mut held = deliveries(&mut subscription).await;
+    assert_eq!(bodies(&held), ["3", "4"]);
+    drop(held.remove(0));
+    let mut idle = shared(&other, "s", 3).await;
+    let (suspect, fresh) = tokio::join!(
+        async {
+            tokio::task::yield_now().await;
+            delivery(&mut idle).await
+        },
+        async {
+            send(&client, "s", request("5")).await;
+            delivery(&mut subscription).await
+        }
+    );
+    assert_eq!(
+        (text(&suspect.request.body).as_str(), suspect.attempt),
+        ("3", 2)
+    );
+    assert_eq!(text(&fresh.request.body), "5");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_server_leaves_while_it_empties_its_hands_goes_to_others() {
+    let broker = MemoryBroker::new();
+    let (client, server, other) = (broker.connect(), broker.connect(), broker.connect());
+    let mut busy = shared(&server, "s", 3).await;
+    send(&client, "s", request("1")).await;
+    send(&client, "s", request("2")).await;
+    let mut held = deliveries(&mut busy).await;
+    drop(held.remove(0));
+    let mut waits = Box::pin(busy.recv());
+    assert!(waits.as_mut().now_or_never().is_none());
+    let mut idle = shared(&other, "s", 3).await;
+    let suspect = delivery(&mut idle).await;
+    assert_eq!(suspect.attempt, 2);
+    send(&client, "s", request("3")).await;
+    let SubscriptionEvent::Deliveries(fresh) = within(waits).await else {
+        panic!("it is over")
+    };
+    assert_eq!(bodies(&fresh), ["3"]);
 }
 
 #[tokio::test(start_paused = true)]

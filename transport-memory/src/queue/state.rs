@@ -19,6 +19,11 @@ use crate::table::{Key, Table};
 #[derive(Debug)]
 pub(super) struct State {
     pub(super) ready: VecDeque<Queued>,
+    /// Requests that came back counted: one of them may be what kills its servers. So each is given to a session with
+    /// empty hands, and alone, lest it cost its neighbours their attempts; and before all others.
+    pub(super) suspects: VecDeque<Queued>,
+    /// The busy session that takes nothing until its hands are empty for a suspect, where no idle one is found.
+    pub(super) draining: Option<Key>,
     pub(super) held: Table<Held>,
     pub(super) sessions: Table<Session>,
     /// Sessions with free hands that wait for a request, the longest waiting first.
@@ -40,6 +45,8 @@ impl State {
     pub(super) fn new() -> Self {
         Self {
             ready: VecDeque::new(),
+            suspects: VecDeque::new(),
+            draining: None,
             held: Table::new(),
             sessions: Table::new(),
             idle: VecDeque::new(),
@@ -65,35 +72,31 @@ impl State {
             return Claim::Over(error.clone());
         }
         let free = session.options.prefetch.saturating_sub(session.held);
-        if free == 0 || !session.takes() {
+        if free == 0 || session.isolated || !session.takes() {
             session.wait(waker);
             return Claim::Wait(None);
         }
-        while taken.len() < free {
-            let Some(queued) = self.ready.pop_front() else {
-                break;
-            };
-            if !queued.is_here() {
-                self.ready.push_front(queued);
-                break;
+        let drains = self.draining.is_none_or(|draining| draining == key);
+        if drains && session.held > 0 && !self.suspects.is_empty() {
+            session.wait(waker);
+            self.stop_waiting(key);
+            self.draining = Some(key);
+            // It may have been woken for a request that it now leaves.
+            self.pass_on(effects);
+            return Claim::Wait(None);
+        }
+        if session.held == 0
+            && let Some(suspect) = self.suspects.pop_front()
+        {
+            session.isolated = true;
+            taken.push(hold(&mut self.held, suspect, key));
+        } else {
+            while taken.len() < free && self.ready.front().is_some_and(Queued::is_here) {
+                let Some(queued) = self.ready.pop_front() else {
+                    break;
+                };
+                taken.push(hold(&mut self.held, queued, key));
             }
-            let Queued {
-                request,
-                attempt,
-                expires,
-                ..
-            } = &queued;
-            let (request, attempt, expires) = (request.clone(), *attempt, *expires);
-            let key = self.held.insert(Held {
-                queued,
-                session: key,
-            });
-            taken.push(Taken {
-                request,
-                attempt,
-                expires,
-                key,
-            });
         }
         if taken.is_empty() {
             session.wait(waker);
@@ -106,7 +109,7 @@ impl State {
         session.held += taken.len();
         session.waker = None;
         let lease = session.lease.clone();
-        self.leave_idle(key);
+        self.stop_waiting(key);
         self.pass_on(effects);
         Claim::Taken(lease)
     }
@@ -114,8 +117,30 @@ impl State {
     /// If requests wait, wakes the next session that may take them. Each claim that leaves some does so, which is why
     /// one wake-up is enough for any number of requests.
     pub(super) fn pass_on(&mut self, effects: &mut Effects) {
-        if !self.ready.is_empty() {
+        if !self.suspects.is_empty() {
+            let sessions = &mut self.sessions;
+            let mut idle = self.idle.iter();
+            let empty = idle.position(|key| {
+                sessions
+                    .find_mut(*key)
+                    .is_some_and(|session| session.held == 0)
+            });
+            if let Some(key) = empty.and_then(|empty| self.idle.remove(empty)) {
+                self.idle.push_front(key);
+            }
+        }
+        if !self.is_empty() {
             effects.wake_all(self.next_idle());
+        }
+        // Nothing is left to drain for: it may take others again.
+        if self.suspects.is_empty()
+            && let Some(key) = self.draining.take()
+        {
+            effects.wake_all(
+                self.sessions
+                    .find_mut(key)
+                    .and_then(|session| session.waker.take()),
+            );
         }
     }
 
@@ -131,7 +156,9 @@ impl State {
         None
     }
 
-    pub(super) fn leave_idle(&mut self, key: Key) {
+    /// It is no longer one to be woken, nor one to be waited for.
+    pub(super) fn stop_waiting(&mut self, key: Key) {
+        self.draining.take_if(|draining| *draining == key);
         if let Some(session) = self.sessions.find_mut(key)
             && mem::take(&mut session.idle)
         {
@@ -145,6 +172,7 @@ impl State {
             return;
         };
         session.held = session.held.saturating_sub(1);
+        session.isolated &= session.held > 0;
         if session.abandoned {
             if session.held == 0 {
                 self.sessions.remove(key);
@@ -154,8 +182,11 @@ impl State {
         if session.idle || session.waker.is_none() || !session.takes() {
             return;
         }
+        if self.draining == Some(key) && session.held > 0 {
+            return;
+        }
         // It waits with hands that were full. With nothing to take, it need not run to learn that it may take again.
-        if self.ready.is_empty() && self.lease_check.is_none() {
+        if self.ready.is_empty() && self.suspects.is_empty() && self.lease_check.is_none() {
             session.idle = true;
             self.idle.push_back(key);
         } else {
@@ -163,29 +194,34 @@ impl State {
         }
     }
 
-    /// Moves a held request to the head, and says who held it.
+    /// Takes a request out of a session's hands to be taken again, and says whose they were.
     pub(super) fn put_back(&mut self, key: Key, how: Return) -> Option<Key> {
         let Held {
             mut queued,
             session,
         } = self.held.remove(key)?;
-        if how == Return::Counted {
-            queued.attempt = queued.attempt.saturating_add(1);
-        }
         queued.arrives = None;
-        self.ready.push_front(queued);
+        match how {
+            Return::Counted => {
+                queued.attempt = queued.attempt.saturating_add(1);
+                self.suspects.push_back(queued);
+            }
+            Return::Uncounted if queued.attempt > 1 => self.suspects.push_front(queued),
+            Return::Uncounted => self.ready.push_front(queued),
+        }
         Some(session)
     }
 
     /// The session's lease is lost with all that it holds. A later one has its own.
     pub(super) fn lose(&mut self, key: Key, effects: &mut Effects) {
-        for held in self.held.keys(|held| held.session == key).into_iter().rev() {
+        for held in self.held.keys(|held| held.session == key) {
             self.put_back(held, Return::Counted);
         }
         let Some(session) = self.sessions.find_mut(key) else {
             return;
         };
         session.held = 0;
+        session.isolated = false;
         effects.leases.push(mem::take(&mut session.lease));
         if session.abandoned {
             self.sessions.remove(key);
@@ -193,7 +229,7 @@ impl State {
     }
 
     pub(super) fn detach(&mut self, key: Key, effects: &mut Effects) {
-        self.leave_idle(key);
+        self.stop_waiting(key);
         if let Some(session) = self.sessions.find_mut(key)
             && session.is_live()
         {
@@ -224,7 +260,7 @@ impl State {
     }
 
     pub(super) fn end(&mut self, key: Key, error: Error, effects: &mut Effects) {
-        self.leave_idle(key);
+        self.stop_waiting(key);
         if let Some(session) = self.sessions.find_mut(key) {
             if !matches!(session.presence, Presence::Over(_)) {
                 session.presence = Presence::Over(error);
@@ -257,6 +293,15 @@ impl State {
         self.lease_check = leased.filter_map(|(_, session)| session.lease_ends).min();
     }
 
+    /// How many requests nobody has.
+    pub(super) fn len(&self) -> usize {
+        self.ready.len() + self.suspects.len()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.ready.is_empty() && self.suspects.is_empty()
+    }
+
     pub(super) fn is_served(&self, now: Instant) -> bool {
         let serves = |session: &Session| {
             session.is_live() && session.lease_ends.is_none_or(|ends| now < ends)
@@ -272,7 +317,7 @@ impl State {
 
     pub(super) fn wake_waiting(&mut self, effects: &mut Effects) {
         for key in self.sessions.keys(|session| session.waker.is_some()) {
-            self.leave_idle(key);
+            self.stop_waiting(key);
             effects.wake_all(
                 self.sessions
                     .find_mut(key)
@@ -285,6 +330,19 @@ impl State {
         let now = Instant::now();
         self.ready
             .retain(|queued| !queued.is_forgotten(now, config));
+        self.suspects
+            .retain(|queued| !queued.is_forgotten(now, config));
+    }
+}
+
+fn hold(held: &mut Table<Held>, queued: Queued, session: Key) -> Taken {
+    let (request, attempt, expires) = (queued.request.clone(), queued.attempt, queued.expires);
+    let key = held.insert(Held { queued, session });
+    Taken {
+        request,
+        attempt,
+        expires,
+        key,
     }
 }
 

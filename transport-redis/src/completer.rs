@@ -292,6 +292,8 @@ struct Batch {
 enum Sent {
     /// A body; its item follows by itself.
     Body,
+    /// Is the session still registered? Asked for what may have been settled before.
+    Probe(Arc<Session>),
     Many(Vec<Item>),
     One(Item),
     Leave(Arc<Session>),
@@ -311,6 +313,18 @@ impl Batch {
         let mut pipeline = Pipeline::new();
         let mut sent = Vec::new();
         let ttl = millis(config.inbox_ttl);
+        let mut probed: Vec<&Arc<Session>> = Vec::new();
+        for item in self.items.iter().filter(|item| item.repeated) {
+            let Item { session, .. } = item;
+            if !probed.iter().any(|other| Arc::ptr_eq(other, session)) {
+                pipeline
+                    .cmd("ZSCORE")
+                    .arg(&session.keys.sessions)
+                    .arg(&session.name);
+                sent.push(Sent::Probe(Arc::clone(session)));
+                probed.push(session);
+            }
+        }
         let mut groups: Vec<Group> = Vec::new();
         for item in self.items {
             match &item.end {
@@ -520,7 +534,7 @@ fn conclude(answers: RedisResult<Vec<Value>>, sent: Vec<Sent>, completer: &Compl
             tracing::debug!(%error, "settling is tried again");
             for entry in sent {
                 match entry {
-                    Sent::Body => {}
+                    Sent::Body | Sent::Probe(_) => {}
                     Sent::Many(items) => again.extend(items),
                     Sent::One(item) => again.push(item),
                     Sent::Leave(session) => leaving.push(session),
@@ -533,6 +547,11 @@ fn conclude(answers: RedisResult<Vec<Value>>, sent: Vec<Sent>, completer: &Compl
     for (entry, answer) in sent.into_iter().zip(answers) {
         match entry {
             Sent::Body => {}
+            Sent::Probe(session) => {
+                if answer == Value::Nil {
+                    session.lease.cancel();
+                }
+            }
             Sent::Leave(session) => session.leave(),
             Sent::Many(items) => match &answer {
                 Value::BulkString(bits) if bits.len() == items.len() => {

@@ -163,7 +163,8 @@ pub(crate) fn dead_letter_head(reason: &str, attempt: u32, at: u64) -> Vec<u8> {
 
 /// The deadline behind an expiry, with `at` by the clock of Redis.
 fn deadline(expiry: Expiry) -> Option<Deadline> {
-    let budget = Duration::from_millis(expiry.budget.or(expiry.at.map(|_| 0))?);
+    // Without a budget it is what is left when it is taken, which the caller of this knows.
+    let budget = Duration::from_millis(expiry.budget.or_else(|| expiry.at.map(|_| 0))?);
     let at = match expiry.at {
         Some(at) => UNIX_EPOCH.checked_add(Duration::from_millis(at)),
         None => SystemTime::now().checked_add(budget),

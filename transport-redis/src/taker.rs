@@ -110,12 +110,11 @@ impl Taker {
     /// Goes on under a new name: what the old one still has on its way is refused.
     async fn succeed(&mut self) -> Result<(), Error> {
         let old = Arc::clone(&self.session);
-        let lost = old.lease.is_cancelled();
-        if !lost {
-            self.retire(&old).await;
-        }
         let session = Session::new(&self.keys, &self.slots);
-        self.join(&session, (!lost).then_some(&*old)).await?;
+        // Before the old one leaves, or somebody else might become the owner in between.
+        let follows = (!old.lease.is_cancelled()).then_some(&*old);
+        self.join(&session, follows).await?;
+        self.retire(&old).await;
         self.session = session;
         self.next = 0;
         Ok(())
@@ -210,7 +209,7 @@ impl Taker {
             &keys.returned,
             &keys.bell,
         ]);
-        command.arg(&session.name);
+        command.arg(&session.name).arg(millis(QUEUE_TTL));
         pipeline.add_command(command);
         let tokens = loop {
             if session.lease.is_cancelled() {

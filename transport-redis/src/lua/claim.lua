@@ -2,11 +2,15 @@
 -- Takes work into the session's hands. Refused once the session no longer takes, so a claim that was delayed on a dead
 -- connection moves nothing.
 -- KEYS live, queue, returned, held, bell
--- ARGV session, most, first token, returned work (0 none, 1 first, 2 after fresh work), ttl of held
+-- ARGV session, most, first token, returned work (0 none, 1 first, 2 after fresh work), ttl of held and of the bell
 -- Gives -1 if refused, else {more is left, returned work is left, attempt or 0, frame...}
+local function ring()
+  if redis.call('ZADD', KEYS[5], 0, '1') == 1 then redis.call('PEXPIRE', KEYS[5], ARGV[5]) end
+end
+
 local function finish(attempt, frames)
   local fresh, returned = redis.call('EXISTS', KEYS[2]), redis.call('EXISTS', KEYS[3])
-  if fresh + returned > 0 then redis.call('ZADD', KEYS[5], 0, '1') end
+  if fresh + returned > 0 then ring() end
   local answer = {fresh, returned, attempt}
   for index = 1, #frames do answer[index + 3] = frames[index] end
   return answer
@@ -21,7 +25,7 @@ local function take_returned()
 end
 
 if not redis.call('ZSCORE', KEYS[1], ARGV[1]) then
-  if redis.call('EXISTS', KEYS[2], KEYS[3]) > 0 then redis.call('ZADD', KEYS[5], 0, '1') end
+  if redis.call('EXISTS', KEYS[2], KEYS[3]) > 0 then ring() end
   return -1
 end
 if ARGV[4] == '1' then

@@ -15,5 +15,5 @@ else
 end
 redis.call('PEXPIRE', list, ARGV[3], 'NX')
 redis.call('PEXPIRE', list, ARGV[3], 'GT')
-redis.call('ZADD', KEYS[4], 0, '1')
+if redis.call('ZADD', KEYS[4], 0, '1') == 1 then redis.call('PEXPIRE', KEYS[4], ARGV[3]) end
 return 1

@@ -19,7 +19,7 @@ for _, entry in ipairs(work) do redis.call('RPUSH', KEYS[5], entry[2], entry[3])
 if #work > 0 then
   redis.call('PEXPIRE', KEYS[5], ARGV[3], 'NX')
   redis.call('PEXPIRE', KEYS[5], ARGV[3], 'GT')
-  redis.call('ZADD', KEYS[6], 0, '1')
+  if redis.call('ZADD', KEYS[6], 0, '1') == 1 then redis.call('PEXPIRE', KEYS[6], ARGV[3]) end
 end
 redis.call('DEL', KEYS[4])
 redis.call('ZREM', KEYS[1], ARGV[1])

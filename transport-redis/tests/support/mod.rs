@@ -101,10 +101,15 @@ impl Broker {
 
     /// Kills the process, and starts it again with nothing in its memory.
     pub async fn restart(&mut self, pause: Duration) {
+        self.restart_with(tokio::time::sleep(pause)).await;
+    }
+
+    /// Kills the process, and starts it again after `meanwhile`.
+    pub async fn restart_with(&mut self, meanwhile: impl Future<Output = ()>) {
         let (process, directory) = self.process.as_mut().expect("a private server");
         process.kill().unwrap();
         process.wait().unwrap();
-        tokio::time::sleep(pause).await;
+        meanwhile.await;
         *process = spawn(&self.arguments, directory).unwrap();
         self.is_up().await;
     }

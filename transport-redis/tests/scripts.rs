@@ -1,0 +1,437 @@
+//! The scripts by themselves: a request is always in exactly one place, and a session that was ended completes nothing.
+
+mod support;
+
+use std::collections::HashMap;
+
+use redis::aio::MultiplexedConnection;
+use redis::{AsyncCommands, Script, Value};
+
+use support::{Broker, fresh_service};
+
+const CLAIM: &str = include_str!("../src/lua/claim.lua");
+const DONE: &str = include_str!("../src/lua/done.lua");
+const GIVE_BACK: &str = include_str!("../src/lua/give_back.lua");
+const JOIN: &str = include_str!("../src/lua/join.lua");
+const QUIT: &str = include_str!("../src/lua/quit.lua");
+const RECLAIM: &str = include_str!("../src/lua/reclaim.lua");
+const ACK: &str = include_str!("../src/lua/ack.lua");
+
+const TTL: u64 = 60_000;
+
+/// A small generator of numbers, so that a failure can be repeated from its seed.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, bound: usize) -> usize {
+        self.0 = self
+            .0
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        ((self.0 >> 33) as usize) % bound
+    }
+}
+
+/// One service, its sessions, and what they believe to hold.
+struct Model {
+    redis: MultiplexedConnection,
+    tag: String,
+    sessions: Vec<Held>,
+    pushed: usize,
+    random: Random,
+}
+
+struct Held {
+    name: String,
+    next: u64,
+    tokens: Vec<String>,
+    ended: bool,
+}
+
+impl Model {
+    fn key(&self, suffix: &str) -> String {
+        format!("{}:{suffix}", self.tag)
+    }
+
+    fn inbox(&self) -> String {
+        "{model}:i".to_owned() + &self.tag
+    }
+
+    async fn script(&mut self, source: &str, keys: &[String], arguments: &[String]) -> Value {
+        let script = Script::new(source);
+        let mut invocation = script.prepare_invoke();
+        for key in keys {
+            invocation.key(key);
+        }
+        for argument in arguments {
+            invocation.arg(argument);
+        }
+        invocation.invoke_async(&mut self.redis).await.unwrap()
+    }
+
+    async fn join(&mut self) {
+        let name = uuid::Uuid::new_v4().simple().to_string();
+        let keys = [self.key("s"), self.key("l"), self.key("x")];
+        let arguments = [&name, "shared", "600000", "", "60000"].map(str::to_owned);
+        assert_eq!(self.script(JOIN, &keys, &arguments).await, Value::Int(0));
+        self.sessions.push(Held {
+            name,
+            next: 0,
+            tokens: Vec::new(),
+            ended: false,
+        });
+    }
+
+    async fn push(&mut self) {
+        let frame = format!("frame-{}", self.pushed);
+        self.pushed += 1;
+        let _: () = self.redis.rpush(self.key("q"), frame).await.unwrap();
+    }
+
+    async fn claim(&mut self, at: usize) {
+        let count = 1 + self.random.below(4);
+        let (name, next, ended) = {
+            let session = &self.sessions[at];
+            (session.name.clone(), session.next, session.ended)
+        };
+        let keys = [
+            self.key("l"),
+            self.key("q"),
+            self.key("r"),
+            self.key(&format!("p:{name}")),
+            self.key("bell"),
+        ];
+        let mode = self.random.below(3);
+        let arguments = [
+            name,
+            count.to_string(),
+            next.to_string(),
+            mode.to_string(),
+            TTL.to_string(),
+        ];
+        match self.script(CLAIM, &keys, &arguments).await {
+            Value::Int(-1) => assert!(ended, "a live session was refused"),
+            Value::Array(answer) => {
+                assert!(!ended, "a session that was ended took work");
+                let Value::Int(attempt) = answer[2] else {
+                    panic!("{answer:?}")
+                };
+                let session = &mut self.sessions[at];
+                for _ in 3..answer.len() {
+                    let number = session.next;
+                    session.next += 1;
+                    session.tokens.push(if attempt > 0 {
+                        format!("{number}.{attempt}")
+                    } else {
+                        number.to_string()
+                    });
+                }
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Completes some of what the session believes to hold, and some that it does not.
+    async fn complete(&mut self, at: usize) {
+        let (name, ended) = (self.sessions[at].name.clone(), self.sessions[at].ended);
+        let mut tokens = Vec::new();
+        for _ in 0..=self.random.below(4) {
+            let count = self.sessions[at].tokens.len();
+            if count > 0 {
+                let index = self.random.below(count);
+                tokens.push(self.sessions[at].tokens.swap_remove(index));
+            }
+        }
+        tokens.push("999999".to_owned());
+        let mut arguments = vec![TTL.to_string(), "0".to_owned(), tokens.len().to_string()];
+        for token in &tokens {
+            arguments.extend([token.clone(), format!("reply-{name}-{token}")]);
+        }
+        let keys = [
+            self.key(&format!("p:{name}")),
+            self.inbox(),
+            self.inbox() + ":w",
+        ];
+        let Value::BulkString(bits) = self.script(DONE, &keys, &arguments).await else {
+            panic!("no bits")
+        };
+        let (last, held) = bits.split_last().unwrap();
+        assert_eq!((*last, held.len()), (b'0', tokens.len() - 1));
+        let expected = if ended { b'0' } else { b'1' };
+        assert!(
+            held.iter().all(|&bit| bit == expected),
+            "ended: {ended}, {bits:?}"
+        );
+    }
+
+    async fn give_back(&mut self, at: usize) {
+        let ended = self.sessions[at].ended;
+        let Some(token) = self.sessions[at].tokens.pop() else {
+            return;
+        };
+        let attempt = token
+            .split_once('.')
+            .map_or(1, |(_, attempt)| attempt.parse().unwrap());
+        let attempt = attempt + self.random.below(2);
+        let held = self.key(&format!("p:{}", self.sessions[at].name));
+        let keys = [held, self.key("q"), self.key("r"), self.key("bell")];
+        let answer = self
+            .script(
+                GIVE_BACK,
+                &keys,
+                &[token, attempt.to_string(), TTL.to_string()],
+            )
+            .await;
+        assert_eq!(answer, Value::Int(i64::from(!ended)));
+    }
+
+    /// Ends a session as two monitors at once would, when its lease is over.
+    async fn reclaim(&mut self, at: usize) {
+        let name = self.sessions[at].name.clone();
+        let keys = [
+            self.key("s"),
+            self.key("l"),
+            self.key("x"),
+            self.key(&format!("p:{name}")),
+            self.key("r"),
+            self.key("bell"),
+        ];
+        let arguments = [
+            name.clone(),
+            "0".to_owned(),
+            TTL.to_string(),
+            TTL.to_string(),
+        ];
+        let before = self.script(RECLAIM, &keys, &arguments).await;
+        assert_eq!(before, Value::Int(-1), "a lease that stands was ended");
+        if !self.sessions[at].ended {
+            let _: () = self.redis.zadd(self.key("s"), &name, 1).await.unwrap();
+            let Value::Int(count) = self.script(RECLAIM, &keys, &arguments).await else {
+                panic!()
+            };
+            assert_eq!(
+                usize::try_from(count).unwrap(),
+                self.sessions[at].tokens.len()
+            );
+            assert_eq!(
+                self.script(RECLAIM, &keys, &arguments).await,
+                Value::Int(-1)
+            );
+            self.sessions[at].ended = true;
+        }
+    }
+
+    /// Every request that was pushed is in exactly one place.
+    async fn check(&mut self) {
+        let mut places: HashMap<String, usize> = HashMap::new();
+        let queue: Vec<String> = self.redis.lrange(self.key("q"), 0, -1).await.unwrap();
+        let returned: Vec<String> = self.redis.lrange(self.key("r"), 0, -1).await.unwrap();
+        let mut frames = queue;
+        for pair in returned.chunks(2) {
+            assert!(pair[0].parse::<u32>().unwrap() > 1, "{pair:?}");
+            frames.push(pair[1].clone());
+        }
+        for at in 0..self.sessions.len() {
+            let name = &self.sessions[at].name;
+            let held: HashMap<String, String> = self
+                .redis
+                .hgetall(self.key(&format!("p:{name}")))
+                .await
+                .unwrap();
+            assert!(!self.sessions[at].ended || held.is_empty());
+            assert!(
+                held.keys()
+                    .all(|token| self.sessions[at].tokens.contains(token))
+                    || self.sessions[at].ended
+            );
+            frames.extend(held.into_values());
+        }
+        for frame in frames {
+            *places.entry(frame).or_default() += 1;
+        }
+        let replies: usize = self.redis.llen(self.inbox()).await.unwrap();
+        assert!(places.values().all(|&count| count == 1), "{places:?}");
+        assert_eq!(
+            places.len() + replies,
+            self.pushed,
+            "{places:?} and {replies} replies"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_request_is_in_one_place_at_every_moment() {
+    let Some(broker) = Broker::any().await else {
+        return;
+    };
+    for seed in 0..12 {
+        let tag = format!("{{{}}}", fresh_service());
+        let redis = broker.plain().await;
+        let mut model = Model {
+            redis,
+            tag,
+            sessions: Vec::new(),
+            pushed: 0,
+            random: Random(seed),
+        };
+        println!("seed {seed}");
+        for _ in 0..3 {
+            model.join().await;
+        }
+        for _ in 0..200 {
+            let at = model.random.below(model.sessions.len());
+            match model.random.below(12) {
+                0..=3 => model.push().await,
+                4..=6 => model.claim(at).await,
+                7..=8 => model.complete(at).await,
+                9 => model.give_back(at).await,
+                10 => model.reclaim(at).await,
+                _ if model.sessions.len() < 8 => model.join().await,
+                _ => {}
+            }
+            model.check().await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_session_that_quit_takes_nothing_and_keeps_what_it_holds() {
+    let Some(broker) = Broker::any().await else {
+        return;
+    };
+    let tag = format!("{{{}}}", fresh_service());
+    let redis = broker.plain().await;
+    let mut model = Model {
+        redis,
+        tag,
+        sessions: Vec::new(),
+        pushed: 0,
+        random: Random(1),
+    };
+    model.join().await;
+    model.push().await;
+    while model.sessions[0].tokens.is_empty() {
+        model.claim(0).await;
+    }
+    model.push().await;
+    let held = model.key(&format!("p:{}", model.sessions[0].name));
+    let keys = [
+        model.key("l"),
+        held,
+        model.key("q"),
+        model.key("r"),
+        model.key("bell"),
+    ];
+    let name = model.sessions[0].name.clone();
+    let answer = model.script(QUIT, &keys, &[name, TTL.to_string()]).await;
+    assert_eq!(answer, Value::Array(vec![Value::BulkString(b"0".to_vec())]));
+    let rung: usize = model.redis.zcard(model.key("bell")).await.unwrap();
+    assert_eq!(rung, 1, "what is left was not rung for");
+    model.sessions[0].ended = true;
+    model.claim(0).await;
+    model.sessions[0].ended = false;
+    model.complete(0).await;
+    model.check().await;
+}
+
+#[tokio::test]
+async fn a_late_acknowledgement_of_an_old_epoch_cuts_nothing() {
+    let Some(broker) = Broker::any().await else {
+        return;
+    };
+    let tag = format!("{{{}}}", fresh_service());
+    let redis = broker.plain().await;
+    let mut model = Model {
+        redis,
+        tag,
+        sessions: Vec::new(),
+        pushed: 0,
+        random: Random(1),
+    };
+    let (epoch, inbox) = (model.key("i:e"), model.key("i"));
+    let _: () = model.redis.set(&epoch, "new").await.unwrap();
+    let _: () = model.redis.rpush(&inbox, &["1", "2", "3"]).await.unwrap();
+    let keys = [epoch, inbox.clone()];
+    let mut late = ["old", "2", "60000", "60000"].map(str::to_owned);
+    assert_eq!(model.script(ACK, &keys, &late).await, Value::Int(0));
+    assert_eq!(model.redis.llen::<_, usize>(&inbox).await.unwrap(), 3);
+    late[0] = "new".to_owned();
+    assert_eq!(model.script(ACK, &keys, &late).await, Value::Int(1));
+    assert_eq!(
+        model
+            .redis
+            .lrange::<_, Vec<String>>(&inbox, 0, -1)
+            .await
+            .unwrap(),
+        ["3"]
+    );
+}
+
+#[tokio::test]
+async fn an_owner_and_others_exclude_each_other() {
+    let Some(broker) = Broker::any().await else {
+        return;
+    };
+    let tag = format!("{{{}}}", fresh_service());
+    let redis = broker.plain().await;
+    let mut model = Model {
+        redis,
+        tag,
+        sessions: Vec::new(),
+        pushed: 0,
+        random: Random(1),
+    };
+    let keys = [model.key("s"), model.key("l"), model.key("x")];
+    let ask = |name: &str, mode: &str, follows: &str| {
+        [name, mode, "600000", follows, "60000"].map(str::to_owned)
+    };
+    assert_eq!(
+        model.script(JOIN, &keys, &ask("a", "exclusive", "")).await,
+        Value::Int(1)
+    );
+    assert_eq!(
+        model.script(JOIN, &keys, &ask("b", "exclusive", "")).await,
+        Value::Int(-1)
+    );
+    assert_eq!(
+        model.script(JOIN, &keys, &ask("b", "shared", "")).await,
+        Value::Int(-1)
+    );
+    // Its own successor is let in; the number grows.
+    assert_eq!(
+        model
+            .script(JOIN, &keys, &ask("a2", "exclusive", "a"))
+            .await,
+        Value::Int(2)
+    );
+    // A lease that is over is not passed by: what it held must be returned first.
+    let _: () = model.redis.zadd(&keys[0], "a", 1).await.unwrap();
+    let _: () = model.redis.zadd(&keys[0], "a2", 1).await.unwrap();
+    let over = Value::Array(vec![Value::BulkString(b"a2".to_vec())]);
+    assert_eq!(
+        model.script(JOIN, &keys, &ask("b", "shared", "")).await,
+        over
+    );
+    let held = [
+        keys[0].clone(),
+        keys[1].clone(),
+        keys[2].clone(),
+        model.key("p:a2"),
+        model.key("r"),
+        model.key("bell"),
+    ];
+    let end = ["a2", "0", "60000", "60000"].map(str::to_owned);
+    assert_eq!(model.script(RECLAIM, &held, &end).await, Value::Int(0));
+    assert_eq!(
+        model.script(JOIN, &keys, &ask("b", "shared", "")).await,
+        Value::Int(0)
+    );
+    assert_eq!(
+        model.script(JOIN, &keys, &ask("c", "shared", "")).await,
+        Value::Int(0)
+    );
+    assert_eq!(
+        model.script(JOIN, &keys, &ask("d", "exclusive", "")).await,
+        Value::Int(-1)
+    );
+}

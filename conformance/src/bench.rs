@@ -1,22 +1,19 @@
 //! What cases are written with: fresh names, connections, bounded waits, and checks that say what they checked.
 
-use std::collections::VecDeque;
 use std::fmt;
 use std::future::Future;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use antiphon_core::transport::{
-    Delivery, InboxEvent, Incoming, Outbound, SubscribeOptions, Subscription, SubscriptionEvent,
-};
 use antiphon_core::{
-    Client, ClientConfig, ConnectionState, Deadline, Error, ErrorKind, Executed, Reply,
-    ReplyAddress, Request, Server, ServiceName, Ticket, Transport,
+    Client, ClientConfig, ConnectionState, Error, ErrorKind, Executed, RunningServer, Server,
+    ServiceName, Transport,
 };
+use bytes::Bytes;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::case::{Stop, Verdict};
-use crate::harness::{Bounds, Connected, Harness};
+use crate::harness::{Bounds, Connected, Harness, Link};
 
 /// The bound of a step that a healthy transport does at once.
 pub(crate) const PROMPT: Duration = Duration::from_secs(5);
@@ -28,14 +25,19 @@ pub(crate) const LATE: Duration = Duration::from_millis(250);
 pub(crate) const QUIET: Duration = Duration::from_millis(300);
 
 /// The place where one case runs.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(crate) struct Bench {
     harness: Arc<dyn Harness>,
+    /// Kept until the case ends, for the link may be what carries the connection, such as a proxy.
+    links: Mutex<Vec<Arc<dyn Link>>>,
 }
 
 impl Bench {
     pub(crate) fn new(harness: Arc<dyn Harness>) -> Self {
-        Self { harness }
+        Self {
+            harness,
+            links: Mutex::default(),
+        }
     }
 
     pub(crate) fn harness(&self) -> &dyn Harness {
@@ -54,9 +56,10 @@ impl Bench {
 
     /// A new connection.
     pub(crate) async fn connect(&self) -> Verdict<Connected> {
-        within("connect", 2 * PROMPT, self.harness.connect())
-            .await?
-            .map_err(|error| Stop::error("connect", &error))
+        let connected = ok_within("connect", 2 * PROMPT, self.harness.connect()).await?;
+        let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
+        links.push(Arc::clone(&connected.link));
+        Ok(connected)
     }
 
     /// A client on a connection of its own.
@@ -80,17 +83,12 @@ pub(crate) async fn client_on(
     transport: &Arc<dyn Transport>,
     config: ClientConfig,
 ) -> Verdict<Client> {
-    let open = Client::open(Arc::clone(transport), config);
-    within("open a client", PROMPT, open)
-        .await?
-        .map_err(|error| Stop::error("open a client", &error))
+    ok("open a client", Client::open(Arc::clone(transport), config)).await
 }
 
 /// Starts a server; it lives as long as what is returned.
-pub(crate) async fn start(server: Server) -> Verdict<antiphon_core::RunningServer> {
-    within("start a server", PROMPT, server.start())
-        .await?
-        .map_err(|error| Stop::error("start a server", &error))
+pub(crate) async fn start(server: Server) -> Verdict<RunningServer> {
+    ok("start a server", server.start()).await
 }
 
 /// Ends when the future does, or fails the case.
@@ -173,6 +171,15 @@ pub(crate) fn same<T: PartialEq + fmt::Debug>(step: &str, found: T, expected: T)
     )
 }
 
+/// Checks a body.
+pub(crate) fn body_is(step: &str, found: &[u8], expected: impl AsRef<[u8]>) -> Verdict {
+    let (found, expected) = (
+        Bytes::copy_from_slice(found),
+        Bytes::copy_from_slice(expected.as_ref()),
+    );
+    same(step, found, expected)
+}
+
 fn shortly(value: &impl fmt::Debug) -> String {
     let text = format!("{value:?}");
     match text.char_indices().nth(200) {
@@ -240,202 +247,6 @@ pub(crate) async fn until_state(
         found.is_ok(),
         "the watch of the state lives as long as its transport",
     )
-}
-
-/// A request with a deadline.
-pub(crate) fn request(
-    budget: Duration,
-    body: impl Into<bytes::Bytes>,
-    reply_to: Option<ReplyAddress>,
-) -> Request {
-    let mut request = Request::new(Deadline::after(budget), body);
-    request.reply_to = reply_to;
-    request
-}
-
-/// The request on its way, as a client would send it.
-pub(crate) fn outbound(service: &ServiceName, request: Request) -> Outbound {
-    Outbound::Request {
-        service: service.clone(),
-        request,
-        expect_responder: false,
-        ticket: Ticket::new(),
-    }
-}
-
-/// Sends a request by the bare transport.
-pub(crate) async fn send(
-    transport: &Arc<dyn Transport>,
-    service: &ServiceName,
-    request: Request,
-) -> Verdict {
-    ok("send a request", transport.send(outbound(service, request))).await
-}
-
-/// Sends a reply by the bare transport.
-pub(crate) async fn send_reply(
-    transport: &Arc<dyn Transport>,
-    to: ReplyAddress,
-    reply: Reply,
-) -> Verdict {
-    ok(
-        "send a reply",
-        transport.send(Outbound::Reply { to, reply }),
-    )
-    .await
-}
-
-/// A bare subscription, one delivery at a time.
-#[derive(Debug)]
-pub(crate) struct Requests {
-    subscription: Box<dyn Subscription>,
-    buffer: VecDeque<Delivery>,
-}
-
-impl Requests {
-    pub(crate) async fn shared(
-        transport: &Arc<dyn Transport>,
-        service: &ServiceName,
-        prefetch: usize,
-    ) -> Verdict<Self> {
-        Self::subscribe(transport, service, SubscribeOptions::shared(prefetch)).await
-    }
-
-    pub(crate) async fn subscribe(
-        transport: &Arc<dyn Transport>,
-        service: &ServiceName,
-        options: SubscribeOptions,
-    ) -> Verdict<Self> {
-        Ok(Self::new(
-            ok("subscribe", transport.subscribe(service, options)).await?,
-        ))
-    }
-
-    pub(crate) fn new(subscription: Box<dyn Subscription>) -> Self {
-        Self {
-            subscription,
-            buffer: VecDeque::new(),
-        }
-    }
-
-    /// The next delivery, which comes promptly.
-    pub(crate) async fn next(&mut self, step: &str) -> Verdict<Delivery> {
-        self.next_within(step, PROMPT).await
-    }
-
-    pub(crate) async fn next_within(&mut self, step: &str, limit: Duration) -> Verdict<Delivery> {
-        match within(
-            &format!("{step}: wait for a delivery"),
-            limit,
-            self.receive(),
-        )
-        .await?
-        {
-            Ok(delivery) => Ok(delivery),
-            Err(error) => Err(Stop::failed(
-                step,
-                format!("the subscription goes on, but it ended: {error}"),
-            )),
-        }
-    }
-
-    /// Checks that nothing is delivered for a while.
-    pub(crate) async fn none_for(&mut self, step: &str, pause: Duration) -> Verdict {
-        match timeout(pause, self.receive()).await {
-            Err(_) | Ok(Err(_)) => Ok(()),
-            Ok(Ok(delivery)) => {
-                let (id, attempt) = (delivery.request.id, delivery.attempt);
-                Err(Stop::failed(
-                    step,
-                    format!("nothing is delivered, but {id}, attempt {attempt}, was"),
-                ))
-            }
-        }
-    }
-
-    /// The next delivery, or how the subscription ended.
-    pub(crate) async fn receive(&mut self) -> Result<Delivery, Error> {
-        loop {
-            if let Some(delivery) = self.buffer.pop_front() {
-                return Ok(delivery);
-            }
-            match self.subscription.recv().await {
-                SubscriptionEvent::Deliveries(deliveries) => self.buffer.extend(deliveries),
-                SubscriptionEvent::Closed(error) => return Err(error),
-            }
-        }
-    }
-
-    /// Stops taking; what was received and not looked at stays in hand.
-    pub(crate) async fn stop(&mut self) -> Verdict {
-        within("stop the subscription", PROMPT, self.subscription.stop()).await
-    }
-}
-
-/// Answers a delivery with a body.
-pub(crate) async fn answer(delivery: Delivery, body: impl Into<bytes::Bytes>) -> Verdict {
-    let reply = delivery
-        .request
-        .reply_to
-        .is_some()
-        .then(|| Reply::value(delivery.request.id.clone(), body));
-    ok("reply to a delivery", delivery.reply(reply)).await
-}
-
-/// The address that a delivery's caller gave.
-pub(crate) fn caller(delivery: &Delivery) -> Verdict<ReplyAddress> {
-    let address = delivery.request.reply_to.clone();
-    address.ok_or_else(|| {
-        Stop::failed(
-            "read the request",
-            "a call's request carries its reply address",
-        )
-    })
-}
-
-/// A bare inbox, one reply at a time.
-#[derive(Debug)]
-pub(crate) struct Inbox {
-    inbox: Box<dyn antiphon_core::transport::Inbox>,
-    buffer: VecDeque<Incoming>,
-}
-
-impl Inbox {
-    pub(crate) async fn open(transport: &Arc<dyn Transport>) -> Verdict<Self> {
-        Ok(Self {
-            inbox: ok("open an inbox", transport.open_inbox()).await?,
-            buffer: VecDeque::new(),
-        })
-    }
-
-    pub(crate) fn address(&self) -> ReplyAddress {
-        self.inbox.address()
-    }
-
-    /// The next reply, which comes promptly.
-    pub(crate) async fn next(&mut self, step: &str) -> Verdict<Reply> {
-        self.next_within(step, PROMPT).await
-    }
-
-    pub(crate) async fn next_within(&mut self, step: &str, limit: Duration) -> Verdict<Reply> {
-        let received = within(&format!("{step}: wait at the inbox"), limit, self.receive()).await?;
-        received.map_err(|event| Stop::failed(step, format!("a reply arrives, not: {event}")))
-    }
-
-    /// The next reply, or what came instead.
-    async fn receive(&mut self) -> Result<Reply, String> {
-        loop {
-            match self.buffer.pop_front() {
-                Some(Incoming::Reply(reply)) => return Ok(reply),
-                Some(other) => return Err(format!("{other:?}")),
-                None => {}
-            }
-            match self.inbox.recv().await {
-                InboxEvent::Replies(replies) => self.buffer.extend(replies),
-                other => return Err(format!("{other:?}")),
-            }
-        }
-    }
 }
 
 /// The value of a call that runs in a task of its own; it ends well within [`PROMPT`].

@@ -44,7 +44,9 @@ pub trait Harness: Debug + Send + Sync + 'static {
 pub struct Connected {
     /// The transport.
     pub transport: Arc<dyn Transport>,
-    /// What lies between it and the broker.
+    /// What lies between it and the broker. The suite keeps it until the case ends, longer than the transport, so it may
+    /// own what carries the connection, such as a proxy; but it must not keep the transport itself alive, whose drop is
+    /// the end of its process.
     pub link: Arc<dyn Link>,
 }
 

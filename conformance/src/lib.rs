@@ -7,6 +7,7 @@ mod case;
 mod cases;
 pub mod flawed;
 mod harness;
+mod peers;
 pub mod proxy;
 mod report;
 mod runner;

@@ -220,3 +220,71 @@ impl fmt::Display for Report {
         )
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_counts_what_it_lists() {
+        let mut index = 0;
+        let report = Report::new("broker 1.0".to_owned(), |case| {
+            index += 1;
+            let outcome = match index {
+                1 => Outcome::Passed,
+                2 => Outcome::Failed("step: rule".to_owned()),
+                3 => Outcome::Unsupported("no hook".to_owned()),
+                _ => Outcome::NotRun("no broker".to_owned()),
+            };
+            CaseReport {
+                name: case.name,
+                promise: case.promise,
+                outcome,
+                seconds: 0.25,
+            }
+        });
+        let total = report.cases.len();
+        assert_eq!(
+            (
+                report.passed,
+                report.failed,
+                report.unsupported,
+                report.not_run
+            ),
+            (1, 1, 1, total - 3)
+        );
+        assert!(!report.is_success());
+        let table = report.to_string();
+        assert!(
+            table.contains("FAILED         0.250 s  step: rule"),
+            "{table}"
+        );
+        assert!(
+            table.ends_with(&format!(
+                "1 passed, 1 failed, 1 unsupported, {} not run",
+                total - 3
+            )),
+            "{table}"
+        );
+    }
+
+    #[test]
+    fn json_is_for_programs() {
+        let json: serde_json::Value =
+            serde_json::from_str(&Report::not_run("broker 1.0", "no broker").to_json()).unwrap();
+        assert_eq!(json["transport"], "broker 1.0");
+        assert_eq!(json["not_run"], json["cases"].as_array().unwrap().len());
+        let first = &json["cases"][0];
+        assert_eq!(first["name"], "round_trip/typed");
+        assert_eq!(first["promise"], "G1");
+        assert_eq!(first["outcome"], "not_run");
+        assert_eq!(first["reason"], "no broker");
+    }
+
+    #[test]
+    fn names_are_unique() {
+        let names: std::collections::BTreeSet<_> =
+            cases::table().iter().map(|case| case.name).collect();
+        assert_eq!(names.len(), cases::table().len());
+    }
+}

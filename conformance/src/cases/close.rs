@@ -13,6 +13,7 @@ use tokio::time::sleep;
 
 use crate::bench::*;
 use crate::case::{Stop, Verdict, cases};
+use crate::peers::*;
 
 cases!("close": [
     closed_client_refuses_calls: G5,
@@ -222,7 +223,7 @@ async fn unsettled_goes_back(bench: Bench) -> Verdict {
         )
         .await?;
         let reply = result.map_err(|error| Stop::error("a call that was in hand", &error))?;
-        same("its reply", &reply.body[..], body.as_bytes())?;
+        body_is("its reply", &reply.body, body.as_bytes())?;
     }
     drop(kept);
     Ok(())
@@ -311,9 +312,9 @@ async fn drain_finishes_handlers_that_call(bench: Bench) -> Verdict {
         "it waits for it",
     )?;
     answer(delivery, "nested").await?;
-    same(
+    body_is(
         "the reply",
-        &joined("the call", call).await?.body[..],
+        &joined("the call", call).await?.body,
         b"nested",
     )?;
     joined("the shutdown", shutdown).await

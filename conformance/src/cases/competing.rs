@@ -12,6 +12,7 @@ use tokio::time::sleep;
 
 use crate::bench::*;
 use crate::case::{Verdict, cases};
+use crate::peers::*;
 
 cases!("competing": [
     two_servers_share_fairly: G2 alone,

@@ -7,6 +7,7 @@ use futures_util::future::join_all;
 
 use crate::bench::*;
 use crate::case::{Stop, Verdict, cases};
+use crate::peers::*;
 
 cases!("correlation": [
     out_of_order_replies: G3,
@@ -89,7 +90,7 @@ async fn duplicate_reply_is_counted(bench: Bench) -> Verdict {
     let (id, to) = (delivery.request.id.clone(), caller(&delivery)?);
     answer(delivery, "original").await?;
     let reply = joined("the call", call).await?;
-    same("the reply", &reply.body[..], b"original")?;
+    body_is("the reply", &reply.body, b"original")?;
     for body in ["second", "third"] {
         send_reply(&server, to.clone(), Reply::value(id.clone(), body)).await?;
     }
@@ -216,7 +217,7 @@ async fn foreign_reply_resolves_nothing(bench: Bench) -> Verdict {
     )?;
     answer(delivery, "own").await?;
     let reply = joined("the call", call).await?;
-    same("the reply", &reply.body[..], b"own")
+    body_is("the reply", &reply.body, b"own")
 }
 
 async fn own_and_other_clients_are_apart(bench: Bench) -> Verdict {
@@ -245,9 +246,9 @@ async fn own_and_other_clients_are_apart(bench: Bench) -> Verdict {
         answer(delivery, body).await?;
     }
     for (call, expected) in calls.into_iter().zip(["client", "neighbour"]) {
-        same(
+        body_is(
             "the reply",
-            &joined("the call", call).await?.body[..],
+            &joined("the call", call).await?.body,
             expected.as_bytes(),
         )?;
     }
@@ -266,6 +267,6 @@ async fn next_call_gets_its_own(
     let delivery = requests.next("take the next request").await?;
     answer(delivery, "own").await?;
     let reply = joined("the next call", call).await?;
-    same("the reply of the next call", &reply.body[..], b"own")?;
+    body_is("the reply of the next call", &reply.body, b"own")?;
     same("pending calls", client.stats().pending, 0)
 }

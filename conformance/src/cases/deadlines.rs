@@ -12,6 +12,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::bench::*;
 use crate::case::{Stop, Verdict, cases};
+use crate::peers::*;
 
 cases!("deadlines": [
     timeout_is_kept: G1,
@@ -339,14 +340,11 @@ async fn handler_is_cancelled_at_the_deadline(bench: Bench) -> Verdict {
         result.is_err() || called.elapsed() >= timeout,
         "it ends at its deadline",
     )?;
-    let (deadline, fired) = match within("the handler's token fires", PROMPT, told).await? {
-        Ok(times) => times,
-        Err(_) => {
-            return Err(Stop::failed(
-                "the handler's token fires",
-                "it is the handler that ends, by its token",
-            ));
-        }
+    let Ok((deadline, fired)) = within("the handler's token fires", PROMPT, told).await? else {
+        return Err(Stop::failed(
+            "the handler's token fires",
+            "the handler ends by its token, not before",
+        ));
     };
     let seen = deadline.saturating_duration_since(called);
     let rule =

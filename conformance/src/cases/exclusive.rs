@@ -12,6 +12,7 @@ use tokio::time::{Instant, sleep};
 use crate::bench::*;
 use crate::case::{Stop, Verdict, cases};
 use crate::harness::Connected;
+use crate::peers::*;
 
 cases!("exclusive": [
     second_is_refused: G10,
@@ -247,11 +248,7 @@ async fn next_gets_in_after_a_kill(bench: Bench) -> Verdict {
         .await?;
     same("its attempt", delivery.attempt, 2)?;
     answer(delivery, "done").await?;
-    same(
-        "the reply",
-        &joined("the call", call).await?.body[..],
-        b"done",
-    )?;
+    body_is("the reply", &joined("the call", call).await?.body, b"done")?;
     drop(held);
     Ok(())
 }

@@ -10,6 +10,7 @@ use serde_json::json;
 
 use crate::bench::*;
 use crate::case::{Stop, Verdict, cases};
+use crate::peers::*;
 
 cases!("faults": [
     handlers_fault_arrives_whole: G5,
@@ -229,7 +230,7 @@ async fn slots_survive_faults(bench: Bench) -> Verdict {
                 .timeout(Duration::from_secs(4)),
         )
         .await?;
-        same("the reply", &reply.body[..], b"fine")?;
+        body_is("the reply", &reply.body, b"fine")?;
     }
     same("pending calls", client.stats().pending, 0)
 }

@@ -13,6 +13,7 @@ use tokio::time::{Instant, sleep};
 use crate::bench::*;
 use crate::case::{Stop, Verdict, cases};
 use crate::harness::Connected;
+use crate::peers::*;
 
 cases!("leaks": [
     timed_out_calls_leave_nothing: G7,
@@ -287,11 +288,7 @@ async fn dropped_call_is_not_sent_later(bench: Bench) -> Verdict {
     let delivery = requests
         .next_within("take the first request", 2 * PROMPT)
         .await?;
-    same(
-        "the request that arrives",
-        &delivery.request.body[..],
-        b"live",
-    )?;
+    body_is("the request that arrives", &delivery.request.body, b"live")?;
     answer(delivery, "").await?;
     joined("the call after them", call).await?;
     requests.none_for("after it", QUIET).await

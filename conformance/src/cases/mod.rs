@@ -9,6 +9,7 @@ mod faults;
 mod leaks;
 mod no_responder;
 mod payload;
+mod poison;
 mod reconnect;
 mod redelivery;
 mod round_trip;
@@ -24,6 +25,7 @@ const GROUPS: &[&[Case]] = &[
     payload::CASES,
     competing::CASES,
     redelivery::CASES,
+    poison::CASES,
     exclusive::CASES,
     leaks::CASES,
     close::CASES,

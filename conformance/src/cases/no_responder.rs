@@ -40,11 +40,7 @@ async fn late_server_serves_the_call(bench: Bench) -> Verdict {
         "it waits",
     )?;
     let _server = start(bench.server().await?.handle_raw(&service, echo)).await?;
-    same(
-        "the reply",
-        &joined("the call", call).await?.body[..],
-        b"body",
-    )
+    body_is("the reply", &joined("the call", call).await?.body, b"body")
 }
 
 async fn call_waits_until_its_deadline(bench: Bench) -> Verdict {
@@ -145,7 +141,7 @@ async fn expect_responder_is_served(bench: Bench) -> Verdict {
             client.call_raw(&service, "body").expect_responder(),
         )
         .await?;
-        same("the reply", &reply.body[..], b"body")?;
+        body_is("the reply", &reply.body, b"body")?;
     }
     Ok(())
 }

@@ -7,6 +7,7 @@ use bytes::Bytes;
 
 use crate::bench::*;
 use crate::case::{Verdict, cases};
+use crate::peers::*;
 
 cases!("payload": [
     empty_body: G1,

@@ -12,6 +12,7 @@ use tokio::time::{Instant, sleep};
 use crate::bench::*;
 use crate::case::{Stop, Verdict, cases};
 use crate::harness::Connected;
+use crate::peers::*;
 
 cases!("reconnect": [
     idle_client_heals: G9,
@@ -107,7 +108,7 @@ async fn pending_calls_end_and_new_ones_succeed(bench: Bench) -> Verdict {
     for call in calls {
         // Far within its deadline: a call whose reply is lost is told so, it does not wait for nothing.
         match ended("a call that was under way", 2 * HEALED, call).await? {
-            Ok(reply) => same("its reply", &reply.body[..], b"pending")?,
+            Ok(reply) => body_is("its reply", &reply.body, b"pending")?,
             Err(error) => {
                 let truth = error.kind() == ErrorKind::ConnectionLost
                     && error.executed() == Executed::Maybe;
@@ -140,7 +141,7 @@ async fn reply_finds_the_restored_inbox(bench: Bench) -> Verdict {
     answer(delivery, "after").await?;
     // Either the inbox was restored, and the reply arrives, or the call has been told that it may not.
     match ended("a call whose reply comes after a cut", 2 * PROMPT, call).await? {
-        Ok(reply) => same("its reply", &reply.body[..], b"after")?,
+        Ok(reply) => body_is("its reply", &reply.body, b"after")?,
         Err(error) => {
             let truth =
                 error.kind() == ErrorKind::ConnectionLost && error.executed() == Executed::Maybe;
@@ -156,9 +157,9 @@ async fn reply_finds_the_restored_inbox(bench: Bench) -> Verdict {
             .into_future(),
     );
     answer(requests.next("take the next request").await?, "next").await?;
-    same(
+    body_is(
         "the next reply",
-        &joined("the next call", call).await?.body[..],
+        &joined("the next call", call).await?.body,
         b"next",
     )
 }
@@ -222,11 +223,7 @@ async fn blocked_requests_are_not_sent_late(bench: Bench) -> Verdict {
     let delivery = requests
         .next_within("take the first request", 2 * PROMPT)
         .await?;
-    same(
-        "the request that arrives",
-        &delivery.request.body[..],
-        b"live",
-    )?;
+    body_is("the request that arrives", &delivery.request.body, b"live")?;
     answer(delivery, "").await?;
     joined("the call after them", call).await?;
     requests.none_for("after it", QUIET).await
@@ -334,7 +331,7 @@ async fn server_heals_with_work_in_hand(bench: Bench) -> Verdict {
         let result = ended("a call in the hands of a server that is cut", limit, call).await?;
         let reply = result
             .map_err(|error| Stop::error("a call in the hands of a server that is cut", &error))?;
-        same("its reply", &reply.body[..], n.to_string().as_bytes())?;
+        body_is("its reply", &reply.body, n.to_string().as_bytes())?;
     }
     Ok(())
 }

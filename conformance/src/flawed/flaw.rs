@@ -1,0 +1,217 @@
+//! The planted defects, each with the cases that must catch it.
+
+macro_rules! flaws {
+    ($($(#[$doc:meta])* $name:ident => [$($case:literal),+ $(,)?],)+) => {
+        /// One way to break the contract.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[non_exhaustive]
+        pub enum Flaw {
+            $($(#[$doc])* $name,)+
+        }
+
+        impl Flaw {
+            /// All of them.
+            pub const ALL: &[Self] = &[$(Self::$name),+];
+
+            /// The names of the cases that must fail on it.
+            #[must_use]
+            pub fn caught_by(self) -> &'static [&'static str] {
+                match self {
+                    $(Self::$name => &[$($case),+],)+
+                }
+            }
+        }
+    };
+}
+
+flaws! {
+    // What a request is on its way.
+
+    /// Bodies lose their last byte.
+    DropsTheLastByte => ["round_trip/raw_bytes", "payload/any_bytes"],
+    /// Bodies are cut at 64 KiB.
+    CutsLongBodies => [
+        "payload/one_mebibyte",
+        "payload/limit_is_inclusive",
+        "payload/over_the_limit_is_not_sent",
+        "payload/request_over_the_servers_limit_is_refused",
+        "payload/reply_over_the_servers_limit_is_a_fault",
+    ],
+    /// An empty body becomes `null`.
+    PadsEmptyBodies => ["payload/empty_body"],
+    /// Bodies are taken for text.
+    WantsText => ["payload/any_bytes"],
+    /// The method is lost.
+    LosesMethods => ["round_trip/methods", "faults/unknown_method_is_refused"],
+    /// Headers are lost.
+    LosesHeaders => ["round_trip/headers_both_ways"],
+    /// The content type is lost.
+    LosesContentTypes => ["round_trip/content_type_both_ways"],
+    /// Ids are folded to lower case, and so take the place of others.
+    FoldsIds => ["round_trip/foreign_correlation_id_is_echoed", "correlation/foreign_reply_resolves_nothing"],
+    /// Requests go to the service that was subscribed to last.
+    MixesServices => ["round_trip/services_do_not_mix"],
+    /// The node in a service's name is ignored.
+    IgnoresNodes => ["round_trip/node_queues_are_apart"],
+    /// Each request is sent twice.
+    DuplicatesRequests => ["round_trip/notify_is_executed_once", "competing/each_request_goes_to_one_server"],
+    /// Every other request is overtaken by the next one.
+    Reorders => ["competing/order_is_kept_at_prefetch_one"],
+    /// A ticket is never committed.
+    NeverCommits => [
+        "deadlines/timeout_is_kept",
+        "close/pending_calls_end_with_the_client",
+        "reconnect/severed_calls_keep_their_deadline",
+    ],
+    /// A request is sent although it was withdrawn.
+    SendsWithdrawn => ["leaks/dropped_call_is_not_sent_later", "reconnect/blocked_requests_are_not_sent_late"],
+
+    // Deadlines and responders.
+
+    /// A request lives a hundred times as long as its caller waits.
+    StretchesBudgets => [
+        "deadlines/expired_request_never_starts",
+        "deadlines/deadline_is_never_early",
+        "deadlines/nested_call_inherits_what_is_left",
+        "deadlines/handler_is_cancelled_at_the_deadline",
+        "leaks/timed_out_calls_leave_nothing",
+    ],
+    /// A request lives half as long as its caller waits.
+    HalvesBudgets => ["deadlines/deadline_is_never_early", "deadlines/clock_starts_at_first_poll"],
+    /// What is left of a deadline is judged by this host's wall clock.
+    JudgesByWallClock => ["deadlines/clock_ahead_changes_nothing", "deadlines/clock_behind_changes_nothing"],
+    /// A budget of less than 2 ms is refused.
+    RefusesShortBudgets => ["deadlines/tiny_timeout_is_kept"],
+    /// Every request wants a responder.
+    AlwaysExpectsResponder =>
+        ["no_responder/late_server_serves_the_call", "no_responder/call_waits_until_its_deadline"],
+    /// No request gets to know that there is no responder.
+    NeverSaysNoResponder => ["no_responder/expect_responder_fails_fast"],
+    /// Whoever was served once is thought to be served for ever.
+    RemembersResponders => ["no_responder/stopped_server_is_none"],
+    /// A request that was refused for want of a responder is left in the queue.
+    EnqueuesRefused => ["no_responder/expect_responder_leaves_no_request"],
+    /// No responder is ever seen.
+    SeesNoResponder => ["no_responder/expect_responder_is_served"],
+
+    // Replies.
+
+    /// Replies never arrive.
+    DropsReplies => ["round_trip/typed", "payload/undecodable_reply_fails_its_call_only"],
+    /// The oldest request gets the first reply, whosever it is.
+    AnswersInOrder => ["correlation/out_of_order_replies"],
+    /// A reply that does not settle a delivery is lost.
+    LosesBareReplies => [
+        "correlation/duplicate_reply_is_counted",
+        "correlation/late_reply_is_counted",
+        "correlation/unknown_reply_is_counted",
+    ],
+    /// All inboxes have the address of the first.
+    SharesAddresses => ["correlation/own_and_other_clients_are_apart"],
+    /// Faults lose their details and whether to retry.
+    LosesDetails => ["faults/handlers_fault_arrives_whole"],
+    /// All faults have one code.
+    BlursFaults =>
+        ["faults/panic_is_internal", "faults/undecodable_input_is_refused", "faults/unknown_method_is_refused"],
+    /// Every fault says that it may have been executed.
+    SaysMaybe => ["faults/handlers_fault_arrives_whole", "faults/undecodable_input_is_refused"],
+    /// A request that ends in a fault keeps its place in the server's hands.
+    LeaksSlots => ["faults/slots_survive_faults"],
+    /// A reply over 64 KiB ends the inbox.
+    BadReplyEndsInbox => ["payload/reply_over_the_clients_limit_fails_its_call_only"],
+
+    // Servers.
+
+    /// A subscription never holds more than 100 deliveries.
+    CapsPrefetch => ["round_trip/thousand_calls_at_once"],
+    /// A subscription holds as much as there is.
+    IgnoresPrefetch =>
+        ["competing/handlers_never_exceed_prefetch", "competing/deliveries_never_exceed_prefetch"],
+    /// The first subscriber of a service gets everything.
+    FavoursTheFirst => ["competing/two_servers_share_fairly"],
+    /// A delivery is settled when it is received.
+    SettlesEarly => [
+        "redelivery/killed_server_loses_nothing",
+        "redelivery/stopped_process_loses_nothing",
+        "redelivery/many_in_hand_survive_a_kill",
+        "close/unsettled_goes_back",
+    ],
+    /// A delivery that is dropped is settled.
+    SettlesOnDrop => [
+        "redelivery/dropped_delivery_is_delivered_again",
+        "redelivery/reply_before_settling_is_a_duplicate",
+    ],
+    /// A reply is sent, and its request never settled.
+    NeverSettles => ["redelivery/settled_is_not_delivered_again"],
+    /// Every attempt is the first.
+    ForgetsAttempts => [
+        "faults/refusal_of_a_repeat_may_have_run",
+        "redelivery/killed_server_loses_nothing",
+        "redelivery/poison_is_dead_lettered",
+        "redelivery/poison_costs_no_neighbour",
+    ],
+    /// A release counts as an attempt.
+    CountsReleases => ["redelivery/released_is_not_counted"],
+    /// Dead letters are thrown away.
+    BuriesNothing => ["redelivery/poison_is_dead_lettered"],
+    /// The reply goes out before the lease is looked at.
+    RepliesUnfenced => ["redelivery/lost_lease_cannot_reply"],
+    /// Exclusive subscriptions are shared.
+    SharesExclusives => [
+        "exclusive/second_is_refused",
+        "exclusive/mixing_is_detected",
+        "exclusive/one_of_many_gets_in",
+        "exclusive/former_owner_stays_out",
+    ],
+    /// Who owned a service once owns it for ever.
+    OwnsForEver => [
+        "exclusive/next_gets_in_after_a_stop",
+        "exclusive/next_gets_in_after_a_close",
+        "exclusive/next_gets_in_after_a_kill",
+    ],
+
+    // Ends.
+
+    /// An inbox that is dropped stays on the broker.
+    LeaksInboxes => [
+        "leaks/timed_out_calls_leave_nothing",
+        "leaks/dropped_calls_leave_nothing",
+        "leaks/answered_calls_leave_nothing",
+        "leaks/dropped_inbox_is_removed",
+        "leaks/killed_client_leaves_nothing",
+        "leaks/vanished_caller_costs_nothing",
+    ],
+    /// The connection is closed with the first inbox.
+    ClosesWithItsInbox => ["close/closed_client_refuses_calls"],
+    /// A send after close says that all is well.
+    SendsAfterClose => ["close/closed_transport_refuses_everything"],
+    /// What waits at an inbox or subscription waits for ever after close.
+    HangsAfterClose => ["close/pending_calls_end_with_the_transport", "close/close_is_idempotent"],
+    /// The second close never ends.
+    HangsOnSecondClose => ["close/close_is_idempotent"],
+    /// What is taken and not yet received is settled by a stop.
+    StopLosesRequests => ["close/stop_gives_back_uncounted", "close/nothing_is_lost_around_a_shutdown"],
+    /// A stop closes the connection.
+    StopCloses => ["close/drain_finishes_handlers_that_call", "close/run_until_waits_for_what_runs"],
+
+    // Connections.
+
+    /// After a cut, what is sent waits for ever.
+    StaysDown => [
+        "reconnect/idle_client_heals",
+        "reconnect/pending_calls_end_and_new_ones_succeed",
+        "reconnect/calls_wait_for_the_connection",
+        "reconnect/broker_restart_is_survived",
+    ],
+    /// After a cut, nothing arrives at the inbox, and nobody is told.
+    LosesItsInbox =>
+        ["reconnect/pending_calls_end_and_new_ones_succeed", "reconnect/reply_finds_the_restored_inbox"],
+    /// A cut ends the subscriptions.
+    GivesUp => [
+        "exclusive/owner_survives_a_cut",
+        "reconnect/server_heals",
+        "reconnect/server_heals_with_work_in_hand",
+    ],
+    /// The state says that all is well, always.
+    HidesItsState => ["reconnect/state_tells"],
+}

@@ -35,6 +35,9 @@ pub(crate) enum Command {
     Call(CallArgs),
     /// Call a service many times, and measure
     Bench(BenchArgs),
+    /// Run the conformance suite against the broker, and print its report
+    #[cfg(feature = "conform")]
+    Conform(ConformArgs),
 }
 
 #[derive(Debug, Args)]
@@ -131,6 +134,14 @@ pub(crate) struct BenchArgs {
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[cfg(feature = "conform")]
+#[derive(Debug, Args)]
+pub(crate) struct ConformArgs {
+    /// Write the report to a file as well, as JSON
+    #[arg(long, value_name = "FILE")]
+    pub(crate) json: Option<std::path::PathBuf>,
 }
 
 const EXIT_CODES: &str = "\

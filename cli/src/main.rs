@@ -5,6 +5,8 @@
 mod args;
 mod bench;
 mod call;
+#[cfg(feature = "conform")]
+mod conform;
 mod exec;
 mod exit;
 mod handler;
@@ -36,6 +38,8 @@ fn main() -> ExitCode {
         Command::Serve(args) => on_one_thread(serve::run(url, args)),
         Command::Call(args) => on_one_thread(call::run(url, args)),
         Command::Bench(args) => on_one_thread(bench::run(url, args)),
+        #[cfg(feature = "conform")]
+        Command::Conform(args) => on_all_threads(conform::run(url, args)),
     };
     exit.into()
 }
@@ -43,6 +47,12 @@ fn main() -> ExitCode {
 /// One connection keeps one thread busy, and a second one only costs the hand-over.
 fn on_one_thread(command: impl Future<Output = Exit>) -> Exit {
     run(tokio::runtime::Builder::new_current_thread(), command)
+}
+
+/// Many cases run at once, each with servers and clients of its own.
+#[cfg(feature = "conform")]
+fn on_all_threads(command: impl Future<Output = Exit>) -> Exit {
+    run(tokio::runtime::Builder::new_multi_thread(), command)
 }
 
 fn run(mut runtime: tokio::runtime::Builder, command: impl Future<Output = Exit>) -> Exit {

@@ -313,6 +313,26 @@ fn an_interrupted_bench_says_what_it_measured() {
     assert_eq!(object["calls"], object["ok"]);
 }
 
+#[cfg(feature = "conform")]
+#[test]
+fn the_suite_is_run_and_reported() {
+    let report = support::Mark::new();
+    let ended = run(&["--url", MEMORY, "conform", "--json", report.path()]);
+    let summary = ended.succeeded().text().lines().last().unwrap();
+    let object: Value = serde_json::from_slice(&std::fs::read(report.path()).unwrap()).unwrap();
+    let passed = object["passed"].as_u64().unwrap();
+    assert!(passed > 0 && object["failed"] == 0, "{object}");
+    assert!(
+        summary.starts_with(&format!("{passed} passed, 0 failed")),
+        "{summary}"
+    );
+
+    run(&["conform"]).failed(2, "invalid: ");
+    run(&["--url", "kafka://localhost", "conform"]).failed(2, "unsupported: ");
+    run(&["--url", MEMORY, "conform", "--json", "/nowhere/report.json"])
+        .failed(2, "invalid: /nowhere");
+}
+
 fn fields(object: &Value) -> Vec<&str> {
     let mut fields: Vec<&str> = object
         .as_object()

@@ -7,6 +7,8 @@ use std::time::Duration;
 use antiphon_core::{Error, ReplyAddress, ServiceName, Transport};
 use async_trait::async_trait;
 
+use crate::proxy::Proxy;
+
 /// A transport under test, on a running broker.
 ///
 /// The suite makes its own names, fresh in every run, so several runs may share one broker. What a harness cannot do it
@@ -63,6 +65,24 @@ pub trait Link: Debug + Send + Sync + 'static {
 
     /// Ends a [`sever`](Self::sever).
     async fn restore(&self) -> Result<(), HookError>;
+}
+
+/// The wire of a transport that connects through a proxy.
+#[async_trait]
+impl Link for Proxy {
+    async fn cut(&self) -> Result<(), HookError> {
+        Self::cut(self).await;
+        Ok(())
+    }
+
+    async fn sever(&self) -> Result<(), HookError> {
+        self.refuse().await;
+        Ok(())
+    }
+
+    async fn restore(&self) -> Result<(), HookError> {
+        Self::restore(self).await.map_err(HookError::failed)
+    }
 }
 
 /// The times within which a transport keeps its promises.

@@ -11,28 +11,42 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use tokio::runtime::Runtime;
 use tokio::sync::{Mutex, OnceCell, Semaphore};
 
+use crate::brokers::{self, Unavailable};
 use crate::case::{Case, Company};
 use crate::cases;
 use crate::harness::Harness;
 use crate::report::{CONCURRENCY, Outcome};
 
-/// If this environment variable is `1`, a broker that is missing fails its cases instead of leaving them out.
-const REQUIRE_BROKERS: &str = "ANTIPHON_REQUIRE_BROKERS";
-
 /// Why there is no harness: what is missing, and how to provide it.
 #[derive(Clone, Debug)]
-pub struct Missing(String);
+pub struct Missing {
+    reason: String,
+    fails: bool,
+}
 
 impl Missing {
     /// There is none because ...
     pub fn new(reason: impl fmt::Display) -> Self {
-        Self(reason.to_string())
+        Self {
+            reason: reason.to_string(),
+            fails: brokers::required(),
+        }
+    }
+}
+
+/// A broker of [`brokers`] that could not be had. If it was asked for by URL, its cases fail.
+impl From<Unavailable> for Missing {
+    fn from(unavailable: Unavailable) -> Self {
+        Self {
+            reason: unavailable.reason().to_owned(),
+            fails: unavailable.is_failure(),
+        }
     }
 }
 
 impl fmt::Display for Missing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(&self.reason)
     }
 }
 
@@ -152,7 +166,7 @@ impl Subject {
                     Ok(Completion::ignored_with(format!("not run: {reason}")))
                 }
             },
-            Err(missing) if brokers_are_required() => Err(format!("not run: {missing}").into()),
+            Err(missing) if missing.fails => Err(format!("not run: {missing}").into()),
             Err(missing) => Ok(Completion::ignored_with(format!("not run: {missing}"))),
         }
     }
@@ -171,8 +185,4 @@ impl fmt::Debug for Subject {
             .field("label", &self.label)
             .finish_non_exhaustive()
     }
-}
-
-fn brokers_are_required() -> bool {
-    std::env::var_os(REQUIRE_BROKERS).is_some_and(|value| value == "1")
 }

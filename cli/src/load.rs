@@ -147,8 +147,8 @@ struct Tally {
 
 impl Tally {
     fn new() -> Self {
-        // To three digits; the range grows by itself. Only more than five digits are refused.
-        let latencies = Histogram::new(3).expect("three digits are fewer than five");
+        // Up to an hour, to three digits.
+        let latencies = Histogram::new_with_max(3_600_000_000, 3).expect("the bounds are valid");
         Self {
             ok: 0,
             errors: BTreeMap::new(),

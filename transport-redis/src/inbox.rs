@@ -142,7 +142,6 @@ impl Reader {
 
     async fn run(mut self, events: mpsc::Sender<InboxEvent>, ending: CancellationToken) {
         let mut ghost_until = Instant::now();
-        let mut began = true;
         let mut backoff = Backoff::default();
         while let Some(mut live) = self
             .shared
@@ -150,26 +149,24 @@ impl Reader {
             .open_patiently(self.block() + Duration::from_secs(2), &ending)
             .await
         {
-            if !began {
-                match ending.run_until_cancelled(self.begin(&mut live)).await {
-                    None => break,
-                    Some(Ok(true)) => {}
-                    Some(Ok(false)) => {
-                        if events.send(lost()).await.is_err() {
-                            break;
-                        }
+            // On the first connection too: the broker may have been restarted since the inbox was opened.
+            match ending.run_until_cancelled(self.begin(&mut live)).await {
+                None => break,
+                Some(Ok(true)) => {}
+                Some(Ok(false)) => {
+                    if events.send(lost()).await.is_err() {
+                        break;
                     }
-                    Some(Err(error)) => {
-                        tracing::debug!(%error, "an inbox cannot be read");
-                        if ending.run_until_cancelled(backoff.pause()).await.is_none() {
-                            break;
-                        }
-                        continue;
+                }
+                Some(Err(error)) => {
+                    tracing::debug!(%error, "an inbox cannot be read");
+                    if ending.run_until_cancelled(backoff.pause()).await.is_none() {
+                        break;
                     }
+                    continue;
                 }
             }
             backoff = Backoff::default();
-            began = false;
             match ending
                 .run_until_cancelled(self.read(live, &events, ghost_until))
                 .await
@@ -264,10 +261,11 @@ impl Reader {
     }
 
     fn must_acknowledge(&self) -> bool {
-        // Also by time, or the inbox of a slow and steady client would expire.
+        // Also by time, or the inbox of a slow and steady client would expire. Half a wait, so that each idle wait is
+        // followed by one, which finds out if the inbox is still there.
         self.read >= ACK_REPLIES
             || self.bytes >= ACK_BYTES
-            || self.acknowledged.elapsed() >= self.block()
+            || self.acknowledged.elapsed() >= self.block() / 2
     }
 
     async fn decode(&mut self, frames: Vec<Value>, live: &mut Live) -> RedisResult<Vec<Incoming>> {

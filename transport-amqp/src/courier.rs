@@ -167,7 +167,7 @@ impl Courier {
     async fn prepare(&mut self) {
         if self.intake.is_none() && self.opening.is_none() && !self.stopping {
             let link = self.route.consume.clone();
-            let open = Intake::open(link, Arc::clone(&self.route.plan), true);
+            let open = Intake::open(link, Arc::clone(&self.route.plan));
             self.opening = Some(open.boxed());
         }
         if self.outlet.is_none() && !self.unsent.is_empty() {
@@ -340,7 +340,7 @@ impl Courier {
                     return;
                 };
                 held.done = Some(done);
-                let work = match settle {
+                let work = match *settle {
                     Settle::Reply(Some(reply)) if held.reply_to().is_some() => {
                         Work::Reply(Box::new(reply))
                     }
@@ -677,10 +677,11 @@ impl Courier {
 
     async fn finish(mut self) {
         self.flush();
+        let plan = &self.route.plan;
         if let Some(intake) = self.intake.take()
-            && self.route.plan.exclusive
+            && plan.exclusive
         {
-            topology::disown(&intake.session, &self.route.plan.names).await;
+            topology::disown(&intake.session, &plan.names, &plan.marker).await;
         }
     }
 }

@@ -4,7 +4,6 @@ use std::fmt;
 use std::future::poll_fn;
 use std::sync::Arc;
 use std::task::Poll;
-use std::time::Duration;
 
 use futures_util::{FutureExt, Stream, StreamExt};
 use lapin::message::Delivery;
@@ -21,9 +20,6 @@ use crate::link::{Link, Session, bounded};
 use crate::naming::QueueNames;
 use crate::topology;
 
-/// How long the first exclusive subscribe waits for the queue of an owner that is just going away.
-const FIRST_PATIENCE: Duration = Duration::from_millis(250);
-
 /// What a subscription is.
 #[derive(Clone, Debug)]
 pub(crate) struct Plan {
@@ -33,6 +29,8 @@ pub(crate) struct Plan {
     pub(crate) prefetch: usize,
     /// Nobody else may serve it.
     pub(crate) exclusive: bool,
+    /// The queue by which an exclusive subscription knows its own ghost.
+    pub(crate) marker: ShortString,
 }
 
 /// Which queue a delivery came from.
@@ -57,17 +55,13 @@ impl Intake {
     ///
     /// # Errors
     /// Those that no other connection would mend; a lost one is waited for.
-    pub(crate) async fn open(
-        mut link: Link,
-        plan: Arc<Plan>,
-        again: bool,
-    ) -> Result<Self, Failure> {
+    pub(crate) async fn open(mut link: Link, plan: Arc<Plan>) -> Result<Self, Failure> {
         let mut attempt = 0;
         loop {
             let Some(session) = link.next_session().await else {
                 return Err(Failure::Final(crate::error::closed()));
             };
-            match Self::open_on(session, &plan, again).await {
+            match Self::open_on(session, &plan).await {
                 Ok(intake) => return Ok(intake),
                 Err(failure) if failure.is_final() => return Err(failure),
                 Err(failure) => {
@@ -79,7 +73,7 @@ impl Intake {
         }
     }
 
-    async fn open_on(session: Arc<Session>, plan: &Plan, again: bool) -> Result<Self, Failure> {
+    async fn open_on(session: Arc<Session>, plan: &Plan) -> Result<Self, Failure> {
         let names = &plan.names;
         for queue in [&names.main, &names.retry] {
             topology::ensure(&session, &plan.config, names, queue).await?;
@@ -91,16 +85,11 @@ impl Intake {
             topology::refuse_owned(&session, names).await?;
             return Ok(intake);
         }
-        // A connection of ours that only looks dead holds the name until its heartbeats run out.
-        let patience = match again {
-            true => plan.config.heartbeat * 3,
-            false => FIRST_PATIENCE,
-        };
-        topology::own(&session, names, patience).await?;
+        topology::own(&session, &plan.config, names, &plan.marker).await?;
         match Self::consume(&session, plan).await {
             Ok(intake) => Ok(intake),
             Err(failure) => {
-                topology::disown(&session, names).await;
+                topology::disown(&session, names, &plan.marker).await;
                 Err(failure)
             }
         }

@@ -5,6 +5,8 @@ mod acker;
 mod config;
 mod courier;
 mod error;
+#[cfg(feature = "conformance")]
+mod harness;
 mod held;
 mod inbox;
 mod intake;
@@ -21,4 +23,6 @@ mod topology;
 mod transport;
 
 pub use config::{AmqpConfig, QueueType};
+#[cfg(feature = "conformance")]
+pub use harness::AmqpHarness;
 pub use transport::AmqpTransport;

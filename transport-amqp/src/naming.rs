@@ -53,6 +53,11 @@ pub(crate) fn random_inbox() -> String {
     format!("antiphon.inbox.{}", Uuid::new_v4().simple())
 }
 
+/// A queue by which one exclusive subscription is known.
+pub(crate) fn random_marker() -> ShortString {
+    format!("antiphon.owner.{}", Uuid::new_v4().simple()).into()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

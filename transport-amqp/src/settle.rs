@@ -11,7 +11,7 @@ pub(crate) enum Command {
     /// Settle a delivery, and say when it is.
     Settle {
         key: u64,
-        settle: Settle,
+        settle: Box<Settle>,
         done: oneshot::Sender<Result<(), Error>>,
     },
     /// A delivery was dropped unsettled.
@@ -43,7 +43,7 @@ impl Settlement for AmqpSettlement {
         let (done, settled) = oneshot::channel();
         // Taken, so that dropping this future no longer counts as dropping the delivery.
         if let Some(commands) = self.commands.take() {
-            let key = self.key;
+            let (key, settle) = (self.key, Box::new(settle));
             let _ = commands.send(Command::Settle { key, settle, done });
         }
         settled.await.unwrap_or_else(|_| {

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use antiphon_core::{Error, ErrorKind, ServiceName};
+use lapin::Queue;
 use lapin::options::{QueueDeclareOptions, QueueDeleteOptions};
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use tokio::time::{Instant, sleep};
@@ -18,6 +19,9 @@ use crate::naming::QueueNames;
 /// How long consumers of others may still be counted after they have gone.
 const CONSUMERS_LINGER: Duration = Duration::from_millis(300);
 
+/// How long the owner's queue may still be there after its connection has gone.
+const OWNER_LINGERS: Duration = Duration::from_millis(250);
+
 const OWNER_RETRY: Duration = Duration::from_millis(20);
 
 /// Sees to it that a queue is there. One that is there is used as it is.
@@ -27,7 +31,7 @@ pub(crate) async fn ensure(
     names: &QueueNames,
     queue: &ShortString,
 ) -> Result<(), Failure> {
-    match consumers(session, queue).await {
+    match look(session, queue).await {
         Ok(_) => return Ok(()),
         Err(failure) if failure.is(NOT_FOUND) => {}
         Err(failure) => return Err(failure),
@@ -45,57 +49,51 @@ pub(crate) async fn ensure(
         .await;
     match declared {
         // Somebody else declared it in between, in another way.
-        Err(failure) if failure.is(PRECONDITION_FAILED) => {
-            consumers(session, queue).await.map(drop)
-        }
+        Err(failure) if failure.is(PRECONDITION_FAILED) => look(session, queue).await.map(drop),
         other => other.map(drop),
     }
 }
 
-/// How many consumers a queue has.
-pub(crate) async fn consumers(session: &Session, queue: &ShortString) -> Result<u32, Failure> {
+/// What the broker says of a queue.
+pub(crate) async fn look(session: &Session, queue: &ShortString) -> Result<Queue, Failure> {
     let options = QueueDeclareOptions::durable().passive();
-    let queue = session
-        .declare(queue, options, FieldTable::default())
-        .await?;
-    Ok(queue.consumer_count())
+    session.declare(queue, options, FieldTable::default()).await
 }
 
-/// Becomes the owner of a service, trying for `patience`: its last owner may be dead and not yet buried.
+/// Becomes the owner of a service.
+///
+/// `marker` is a queue that the subscription holds beside the owner's: while the broker still has it, a former connection of this very
+/// subscription is not buried yet, and the service may still be its own.
 pub(crate) async fn own(
     session: &Session,
+    config: &AmqpConfig,
     names: &QueueNames,
-    patience: Duration,
+    marker: &ShortString,
 ) -> Result<(), Failure> {
-    let end = Instant::now() + patience;
-    let mut arguments = FieldTable::default();
-    arguments.insert(
-        "x-queue-type".into(),
-        AMQPValue::LongString("classic".into()),
-    );
-    loop {
-        let options = QueueDeclareOptions::exclusive();
-        match session
-            .declare(&names.owner, options, arguments.clone())
-            .await
-        {
-            Ok(_) => break,
-            Err(failure) if failure.is(RESOURCE_LOCKED) && Instant::now() < end => {}
-            Err(failure) if failure.is(RESOURCE_LOCKED) => {
-                return Err(already_owned(names, "another exclusive subscriber owns it"));
-            }
-            Err(failure) => return Err(failure),
+    let started = Instant::now();
+    while let Err(failure) = declare_exclusive(session, &names.owner).await {
+        if !failure.is(RESOURCE_LOCKED) {
+            return Err(failure);
+        }
+        let patience = match look(session, marker).await {
+            // It only looked dead: the broker buries it when its heartbeats run out.
+            Err(failure) if failure.is(RESOURCE_LOCKED) => config.heartbeat * 3,
+            _ => OWNER_LINGERS,
+        };
+        if started.elapsed() >= patience {
+            return Err(already_owned(names, "another exclusive subscriber owns it"));
         }
         sleep(OWNER_RETRY).await;
     }
+    declare_exclusive(session, marker).await?;
     let end = Instant::now() + CONSUMERS_LINGER;
     loop {
-        let others = consumers(session, &names.main).await?;
-        if others == 0 {
+        let others = look(session, &names.main).await?;
+        if others.consumer_count() == 0 {
             return Ok(());
         }
         if Instant::now() >= end {
-            disown(session, names).await;
+            disown(session, names, marker).await;
             return Err(already_owned(names, "shared subscribers serve it"));
         }
         sleep(OWNER_RETRY).await;
@@ -103,21 +101,35 @@ pub(crate) async fn own(
 }
 
 /// Gives a service up.
-pub(crate) async fn disown(session: &Session, names: &QueueNames) {
+pub(crate) async fn disown(session: &Session, names: &QueueNames, marker: &ShortString) {
     let Ok(channel) = session.channel().await else {
         // It went with the connection.
         return;
     };
-    let delete = channel.queue_delete(names.owner.clone(), QueueDeleteOptions::default());
-    if let Err(failure) = bounded("queue.delete", delete).await {
-        tracing::debug!(%failure, "the owner's queue was not removed");
+    for queue in [&names.owner, marker] {
+        let delete = channel.queue_delete(queue.clone(), QueueDeleteOptions::default());
+        if let Err(failure) = bounded("queue.delete", delete).await {
+            tracing::debug!(%failure, %queue, "not removed");
+        }
     }
+}
+
+/// Declares a queue that lives as long as this connection.
+async fn declare_exclusive(session: &Session, queue: &ShortString) -> Result<(), Failure> {
+    let mut arguments = FieldTable::default();
+    // Whatever the virtual host's default may be: only a classic queue can be exclusive.
+    arguments.insert(
+        "x-queue-type".into(),
+        AMQPValue::LongString("classic".into()),
+    );
+    let options = QueueDeclareOptions::exclusive();
+    session.declare(queue, options, arguments).await.map(drop)
 }
 
 /// # Errors
 /// `AlreadyOwned` if an exclusive subscriber owns the service.
 pub(crate) async fn refuse_owned(session: &Session, names: &QueueNames) -> Result<(), Failure> {
-    match consumers(session, &names.owner).await {
+    match look(session, &names.owner).await {
         Err(failure) if failure.is(NOT_FOUND) => Ok(()),
         Err(failure) if failure.is(RESOURCE_LOCKED) => {
             Err(already_owned(names, "an exclusive subscriber owns it"))

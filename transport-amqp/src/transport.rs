@@ -22,7 +22,7 @@ use crate::error::closed;
 use crate::inbox::AmqpInbox;
 use crate::intake::{Intake, Plan};
 use crate::link::Link;
-use crate::naming::QueueNames;
+use crate::naming::{self, QueueNames};
 use crate::prober::Prober;
 use crate::publisher::{Job, OutgoingRequest, Publisher, What};
 use crate::recovery::{Members, keep_state};
@@ -227,10 +227,11 @@ impl Transport for AmqpTransport {
             names: QueueNames::new(service)?,
             prefetch: options.prefetch.clamp(1, usize::from(u16::MAX)),
             exclusive,
+            marker: naming::random_marker(),
         });
         let claim = self.claims.claim(service, exclusive)?;
         let closing = self.shutdown.tasks_token.clone();
-        let open = Intake::open(self.consume.clone(), Arc::clone(&plan), false);
+        let open = Intake::open(self.consume.clone(), Arc::clone(&plan));
         let intake = match closing.run_until_cancelled(open).await {
             Some(Ok(intake)) => intake,
             Some(Err(failure)) => return Err(failure.into_error(&format!("serving {service}"))),

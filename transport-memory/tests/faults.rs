@@ -63,14 +63,14 @@ async fn a_waiting_receive_survives_a_cut() {
     let broker = MemoryBroker::new();
     let (client, server) = (broker.connect(), broker.connect());
     let mut subscription = shared(&server, "s", 1).await;
-    let (taken, ()) = tokio::join!(delivery(&mut subscription), async {
-        server.cut();
-        send(&client, "s", request("1")).await;
-        tokio::task::yield_now().await;
-        assert_eq!(counts(&broker, "s"), (1, 0, 0));
-        server.restore();
-    });
-    assert_eq!(taken.attempt, 1);
+    let waits = tokio::spawn(async move { delivery(&mut subscription).await });
+    tokio::task::yield_now().await;
+    server.cut();
+    send(&client, "s", request("1")).await;
+    tokio::task::yield_now().await;
+    assert_eq!(counts(&broker, "s"), (1, 0, 0));
+    server.restore();
+    assert_eq!(within(waits).await.unwrap().attempt, 1);
 }
 
 #[tokio::test(start_paused = true)]

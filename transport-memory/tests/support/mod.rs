@@ -13,6 +13,7 @@ use antiphon_core::{
 };
 use antiphon_memory::{MemoryBroker, MemoryTransport};
 use futures_util::FutureExt;
+use tokio::time::{Instant, timeout};
 
 pub(crate) fn service(name: &str) -> ServiceName {
     ServiceName::new(name).unwrap()
@@ -87,10 +88,14 @@ pub(crate) async fn shared(
         .unwrap()
 }
 
+/// Bounds every wait, far beyond what any test waits for.
 pub(crate) async fn within<T>(future: impl Future<Output = T>) -> T {
-    tokio::time::timeout(Duration::from_secs(3600), future)
-        .await
-        .expect("it never happens")
+    const BOUND: Duration = Duration::from_secs(3600);
+    let start = Instant::now();
+    let result = timeout(BOUND, future).await.expect("it never happens");
+    // The end of the bound looks at the future once more, and finds what nobody had woken it for.
+    assert!(start.elapsed() < BOUND, "a wake-up was lost");
+    result
 }
 
 pub(crate) async fn deliveries(subscription: &mut Box<dyn Subscription>) -> Vec<Delivery> {

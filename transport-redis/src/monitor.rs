@@ -7,9 +7,9 @@ use redis::{Pipeline, Value};
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
-use crate::completer::reclaim;
 use crate::connection::random_part;
 use crate::naming::ServiceKeys;
+use crate::settle_batch::reclaim;
 use crate::transport::Shared;
 
 /// The most sessions that are ended in one go.

@@ -10,11 +10,12 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::claim::{self, Claimed};
-use crate::completer::{End, Item, leave, millis, reclaim};
+use crate::completer::{End, Item, millis};
 use crate::connection::{Backoff, Live};
 use crate::isolation::{Isolation, Plan};
 use crate::naming::ServiceKeys;
 use crate::session::{Session, Slots, Token};
+use crate::settle_batch::{leave, reclaim};
 use crate::subscription::Buffer;
 use crate::transport::Shared;
 use crate::{BLOCK, GHOST, QUEUE_TTL, error, scripts};

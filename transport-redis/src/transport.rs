@@ -15,13 +15,14 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::clock::Clock;
-use crate::completer::{self, Completer};
+use crate::completer::Completer;
 use crate::config::RedisConfig;
 use crate::connection::{self, Connector, Link};
 use crate::inbox::RedisInbox;
 use crate::lease::Leases;
 use crate::naming::InboxKeys;
 use crate::sender::Sender;
+use crate::settle_batch;
 use crate::subscription::RedisSubscription;
 use crate::{error, server_check};
 
@@ -144,7 +145,7 @@ async fn end(
     let _ = timeout(CLOSE_STEP, settling).await;
     let mut pipeline = Pipeline::new();
     for session in shared.leases.sessions() {
-        pipeline.add_command(completer::leave(&session));
+        pipeline.add_command(settle_batch::leave(&session));
         session.lease.cancel();
     }
     shared.leases.close();

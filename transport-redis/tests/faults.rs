@@ -653,6 +653,92 @@ async fn after_a_restart_that_lost_all_the_client_is_told_and_calls_go_on() {
 }
 
 #[tokio::test]
+async fn a_broker_that_stood_still_is_found_out_and_loses_nothing() {
+    let Some(broker) = Broker::private(&[]).await else {
+        return;
+    };
+    let (server, client) = (broker.connect().await, broker.connect().await);
+    let service = fresh_service();
+    let mut subscription = server
+        .subscribe(&service, SubscribeOptions::shared(4))
+        .await
+        .unwrap();
+    let mut inbox = client.open_inbox().await.unwrap();
+    send(&client, &service, request(&inbox.address(), BUDGET, "held"))
+        .await
+        .unwrap();
+    let held = delivery(&mut *subscription).await;
+    broker.signal("-STOP");
+    let answer = Reply::value(held.request.id.clone(), "held");
+    let settling = tokio::spawn(held.reply(Some(answer)));
+    // It is written, and then nothing comes: that is all that can be said of it.
+    let error = send(
+        &client,
+        &service,
+        request(&inbox.address(), BUDGET, "unknown"),
+    )
+    .await
+    .unwrap_err();
+    assert_eq!(
+        (error.kind(), error.executed()),
+        (ErrorKind::ConnectionLost, Executed::Maybe),
+        "{error}"
+    );
+    let mut state = client.state();
+    within(
+        "disconnected",
+        state.wait_for(|state| *state != ConnectionState::Connected),
+    )
+    .await
+    .unwrap();
+    broker.signal("-CONT");
+    let back = Instant::now();
+    within("settled", settling).await.unwrap().unwrap();
+    send(&client, &service, request(&inbox.address(), BUDGET, "next"))
+        .await
+        .unwrap();
+    let mut bodies = Vec::new();
+    while bodies.last().is_none_or(|last| last != "next") {
+        for delivery in support::deliveries(&mut *subscription).await {
+            assert_eq!(delivery.attempt, 1);
+            bodies.push(delivery.request.body.clone());
+            let answer = Reply::value(delivery.request.id.clone(), delivery.request.body.clone());
+            within("reply", delivery.reply(Some(answer))).await.unwrap();
+        }
+    }
+    // What was written before it stood still may or may not have been executed by it.
+    assert!(
+        bodies == ["unknown", "next"] || bodies == ["next"],
+        "{bodies:?}"
+    );
+    let mut replies = Vec::new();
+    while replies.len() < bodies.len() + 1 {
+        let InboxEvent::Replies(page) = within("replies", inbox.recv()).await else {
+            panic!("the inbox was lost")
+        };
+        for incoming in page {
+            let Incoming::Reply(reply) = incoming else {
+                panic!("{incoming:?}")
+            };
+            if !replies.contains(&reply.body) {
+                replies.push(reply.body);
+            }
+        }
+    }
+    assert!(
+        ["held", "next"]
+            .iter()
+            .all(|body| replies.iter().any(|reply| reply == body)),
+        "{replies:?}"
+    );
+    assert!(
+        back.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        back.elapsed()
+    );
+}
+
+#[tokio::test]
 async fn withdrawn_while_the_broker_was_away_is_never_sent() {
     let Some(mut broker) = Broker::private(&[]).await else {
         return;

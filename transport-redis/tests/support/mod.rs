@@ -69,6 +69,12 @@ impl Broker {
         .collect();
         let Ok(process) = spawn(&arguments, &directory) else {
             std::fs::remove_dir_all(&directory).unwrap();
+            let required =
+                std::env::var("ANTIPHON_REQUIRE_BROKERS").is_ok_and(|value| value == "1");
+            assert!(
+                !required,
+                "ANTIPHON_REQUIRE_BROKERS is set, and there is no redis-server"
+            );
             println!("not run: no redis-server is installed, and ANTIPHON_REDIS_URL is not set");
             return None;
         };
@@ -114,8 +120,22 @@ impl Broker {
         self.is_up().await;
     }
 
-    pub fn process_id(&self) -> u32 {
-        self.process.as_ref().expect("a private server").0.id()
+    /// Sends the process a signal.
+    pub fn signal(&self, name: &str) {
+        let id = self
+            .process
+            .as_ref()
+            .expect("a private server")
+            .0
+            .id()
+            .to_string();
+        assert!(
+            Command::new("kill")
+                .args([name, &id])
+                .status()
+                .unwrap()
+                .success()
+        );
     }
 
     async fn is_up(&self) {

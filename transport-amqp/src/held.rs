@@ -27,6 +27,8 @@ pub(crate) struct Held {
     pub(crate) attempt: u32,
     pub(crate) identity: Option<Identity>,
     pub(crate) progress: Progress,
+    /// It takes a handler's place.
+    pub(crate) handed: bool,
     /// Who waits for it to be settled.
     pub(crate) done: Option<oneshot::Sender<Result<(), Error>>>,
     properties: BasicProperties,
@@ -99,6 +101,7 @@ impl Held {
             attempt,
             identity: Identity::of(&properties),
             progress,
+            handed: false,
             done: None,
             plain: message::is_plain(&properties),
             properties,
@@ -113,11 +116,6 @@ impl Held {
     pub(crate) fn reply_to(&self) -> Option<&ShortString> {
         let address = self.properties.reply_to().as_ref()?;
         (!address.as_str().is_empty()).then_some(address)
-    }
-
-    /// True while it takes a handler's place.
-    pub(crate) fn is_handed(&self) -> bool {
-        self.done.is_some() || matches!(self.progress, Progress::InHand)
     }
 
     /// True while the request itself is on its way to a queue.

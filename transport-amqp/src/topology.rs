@@ -22,7 +22,7 @@ const CONSUMERS_LINGER: Duration = Duration::from_millis(300);
 /// How long the owner's queue may still be there after its connection has gone.
 const OWNER_LINGERS: Duration = Duration::from_millis(250);
 
-const OWNER_RETRY: Duration = Duration::from_millis(20);
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// Sees to it that a queue is there. One that is there is used as it is.
 pub(crate) async fn ensure(
@@ -83,7 +83,7 @@ pub(crate) async fn own(
         if started.elapsed() >= patience {
             return Err(already_owned(names, "another exclusive subscriber owns it"));
         }
-        sleep(OWNER_RETRY).await;
+        sleep(LOOK_AGAIN).await;
     }
     declare_exclusive(session, marker).await?;
     let end = Instant::now() + CONSUMERS_LINGER;
@@ -96,7 +96,20 @@ pub(crate) async fn own(
             disown(session, names, marker).await;
             return Err(already_owned(names, "shared subscribers serve it"));
         }
-        sleep(OWNER_RETRY).await;
+        sleep(LOOK_AGAIN).await;
+    }
+}
+
+/// Waits until a queue has another number of consumers than now, or none, but not for long.
+pub(crate) async fn consumers_change(session: &Session, queue: &ShortString, limit: Duration) {
+    let end = Instant::now() + limit;
+    let mut first = None;
+    while let Ok(found) = look(session, queue).await {
+        let now = found.consumer_count();
+        if now == 0 || *first.get_or_insert(now) != now || Instant::now() >= end {
+            return;
+        }
+        sleep(LOOK_AGAIN).await;
     }
 }
 

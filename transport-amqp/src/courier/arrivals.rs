@@ -1,0 +1,228 @@
+//! Deliveries on their way to handlers, and back to their queues untouched.
+
+use std::time::Duration;
+
+use antiphon_core::transport::Delivery;
+use antiphon_core::{Code, CorrelationId, Error, ErrorKind, Executed, Fault, Reply};
+use bytes::Bytes;
+use futures_util::FutureExt;
+use tokio::time::Instant;
+
+use super::settling::lost_lease;
+use super::{BATCH, Courier};
+use crate::held::{Decoded, Held, Identity, Progress, Work};
+use crate::intake::Origin;
+use crate::message;
+use crate::settle::AmqpSettlement;
+
+/// A request from the retry queue that finds all handlers busy so long goes back, for another server to take.
+const RETRY_WAITS: Duration = Duration::from_millis(250);
+
+impl Courier {
+    /// Takes what arrived, and what arrived with it. `None` means that the channel or a queue is gone.
+    pub(super) fn take(&mut self, mut taken: Option<(Origin, lapin::message::Delivery)>) {
+        for _ in 0..BATCH {
+            let Some((origin, delivery)) = taken else {
+                return self.lose_intake();
+            };
+            self.arrive(origin, delivery);
+            let Some(intake) = &mut self.intake else {
+                return;
+            };
+            match intake.next().now_or_never() {
+                Some(next) => taken = next,
+                None => return,
+            }
+        }
+        if let Some((origin, delivery)) = taken {
+            self.arrive(origin, delivery);
+        }
+    }
+
+    fn arrive(&mut self, origin: Origin, delivery: lapin::message::Delivery) {
+        let Some(intake) = &mut self.intake else {
+            return;
+        };
+        let tag = delivery.delivery_tag;
+        let properties = delivery.properties;
+        let body = Bytes::from(delivery.data);
+        let key = self.next_key;
+        self.next_key += 1;
+
+        if delivery.redelivered {
+            if let Some(identity) = Identity::of(&properties) {
+                let copy = self
+                    .held
+                    .values_mut()
+                    .find(|held| held.tag.is_none() && held.identity.as_ref() == Some(&identity));
+                if let Some(held) = copy {
+                    // Its handler still runs: it goes on with the new tag.
+                    held.tag = Some(tag);
+                    held.origin = origin;
+                    return;
+                }
+                if self.recent.contains(&identity) {
+                    intake.acker.done(tag, key);
+                    return;
+                }
+            }
+            // Whoever had it died. It must not take its neighbours with it when it runs again.
+            let progress = Progress::Publishing(Work::Retry);
+            let held = Held::new(origin, tag, properties, body, progress);
+            self.held.insert(key, held);
+            self.unsent.push_back(key);
+            return;
+        }
+
+        let lease = match message::is_plain(&properties) {
+            true => intake.lease.clone(),
+            false => self.lease.clone(),
+        };
+        let decoded = message::decode_request(&properties, body.clone());
+        let mut held = Held::new(origin, tag, properties, body, Progress::InHand);
+        match decoded {
+            Ok(request) => {
+                let expires = request
+                    .deadline
+                    .and_then(|deadline| Instant::now().checked_add(deadline.budget));
+                held.progress = Progress::Waiting(Box::new(Decoded {
+                    request,
+                    expires,
+                    lease,
+                }));
+                match origin {
+                    // It is older than whatever waits from the main queue.
+                    Origin::Retry => self.waiting.push_front(key),
+                    Origin::Main => self.waiting.push_back(key),
+                }
+            }
+            Err(reason) => {
+                let executed = match held.attempt {
+                    1 => Executed::No,
+                    _ => Executed::Maybe,
+                };
+                let fault = Fault::new(Code::InvalidArgument, reason.clone());
+                let id = CorrelationId::random();
+                let reply = Some(Box::new(Reply::fault(id, fault, executed)));
+                held.progress = Progress::Publishing(Work::Bury { reason, reply });
+                self.unsent.push_back(key);
+            }
+        }
+        self.held.insert(key, held);
+    }
+
+    /// Hands over what waits, as far as handlers are free.
+    pub(super) fn hand_over(&mut self, now: Instant) {
+        while self.handed < self.route.plan.prefetch {
+            let Some(key) = self.waiting.pop_front() else {
+                return;
+            };
+            let Some(held) = self.held.get_mut(&key) else {
+                continue;
+            };
+            let Some(decoded) = held.hand() else {
+                continue;
+            };
+            let settlement = AmqpSettlement::new(key, self.command_sender.clone());
+            let delivery = Delivery::new(
+                decoded.request,
+                held.attempt,
+                decoded.expires,
+                decoded.lease,
+                Box::new(settlement),
+            );
+            held.handed = true;
+            self.handed += 1;
+            let sender = self.deliveries.as_ref();
+            let unsent = match sender.map(|sender| sender.send(delivery)) {
+                Some(Ok(())) => continue,
+                Some(Err(error)) => Some(error.0),
+                None => None,
+            };
+            // The subscription was dropped, and says so in a moment.
+            if let Some(delivery) = unsent {
+                let _ = delivery.release().now_or_never();
+            }
+        }
+        while let Some(key) = self.waiting.front().copied()
+            && self.goes_back(&key).is_some_and(|at| at <= now)
+        {
+            self.waiting.pop_front();
+            self.give_back(key);
+        }
+    }
+
+    /// Takes nothing more, and gives back what no handler has.
+    pub(super) async fn stop(&mut self) {
+        if std::mem::replace(&mut self.stopping, true) {
+            return;
+        }
+        self.deliveries = None;
+        self.opening = None;
+        let message = "the subscription was stopped";
+        let _ = self
+            .over
+            .set(Error::not_executed(ErrorKind::Closed, message));
+        if let Some(intake) = &mut self.intake {
+            for (origin, delivery) in intake.cancel().await {
+                self.arrive(origin, delivery);
+            }
+        }
+        while let Some(key) = self.waiting.pop_front() {
+            self.give_back(key);
+        }
+    }
+
+    /// Gives a delivery back that no handler has.
+    fn give_back(&mut self, key: u64) {
+        let Some(held) = self.held.get_mut(&key) else {
+            return;
+        };
+        if held.tag.is_none() {
+            // The broker has it back already.
+            self.forget(key, Ok(()));
+            return;
+        }
+        held.progress = Progress::Publishing(Work::Release);
+        self.unsent.push_back(key);
+    }
+
+    /// When a request from the retry queue is given back.
+    pub(super) fn goes_back(&self, key: &u64) -> Option<Instant> {
+        let held = self.held.get(key)?;
+        (held.origin == Origin::Retry && held.tag.is_some()).then(|| held.taken() + RETRY_WAITS)
+    }
+
+    /// The channel is gone: no tag is good any more, and the broker gives all that was not acknowledged to somebody.
+    pub(super) fn lose_intake(&mut self) {
+        let Some(intake) = self.intake.take() else {
+            return;
+        };
+        intake.lease.cancel();
+        for held in self.held.values_mut() {
+            held.tag = None;
+        }
+        // Answered, and perhaps not acknowledged: if a copy comes, it will be.
+        for key in intake.acker.abandon().chain(self.sent.abandon()) {
+            self.forget(key, Err(lost_lease()));
+        }
+        let held = &mut self.held;
+        // What no handler has can wait for its copy, if the copy can be known; else it is that copy that counts.
+        self.waiting.retain(|key| {
+            let known = held.get(key).is_some_and(|held| held.identity.is_some());
+            if !known {
+                held.remove(key);
+            }
+            known
+        });
+        // What was to go to another queue is in its own again.
+        let again: Vec<u64> = held
+            .iter()
+            .filter(|(_, held)| held.goes_round())
+            .map(|(key, _)| *key)
+            .collect();
+        for key in again {
+            self.forget(key, Err(lost_lease()));
+        }
+    }
+}

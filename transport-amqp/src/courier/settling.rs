@@ -1,0 +1,263 @@
+//! Deliveries on their way from handlers to their acknowledgement.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use antiphon_core::transport::Settle;
+use antiphon_core::{Error, ErrorKind};
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+use lapin::options::BasicQosOptions;
+use tokio::time::{Instant, sleep};
+
+use super::{Courier, RETURNED_RETRY};
+use crate::held::{Progress, Work};
+use crate::link::bounded;
+use crate::outlet::Fate;
+use crate::settle::Command;
+use crate::topology;
+
+/// A queue that could not be declared is tried again after this time.
+const DECLARE_RETRY: Duration = Duration::from_secs(1);
+
+/// So often may the channel die with a message before it is thought to be the reason.
+const DEATHS_MAX: u32 = 3;
+
+/// How long a consumer that was cancelled with deliveries in hand may still be counted once these are settled.
+const CONSUMER_LINGERS: Duration = Duration::from_millis(200);
+
+/// The acknowledgements that the broker was sent, and those among them that it is being asked about.
+#[derive(Default)]
+pub(super) struct Sent {
+    asking: Option<BoxFuture<'static, bool>>,
+    asked: Vec<u64>,
+    next: Vec<u64>,
+}
+
+impl Sent {
+    /// Resolves when the broker has answered.
+    pub(super) async fn answered(&mut self) -> bool {
+        match &mut self.asking {
+            Some(asking) => asking.await,
+            None => std::future::pending().await,
+        }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.asked.is_empty() && self.next.is_empty()
+    }
+
+    /// The channel is lost: what was sent may not have arrived.
+    pub(super) fn abandon(&mut self) -> impl Iterator<Item = u64> + use<> {
+        let Self { asked, next, .. } = std::mem::take(self);
+        asked.into_iter().chain(next)
+    }
+}
+
+impl Courier {
+    pub(super) async fn obey(&mut self, command: Command) {
+        match command {
+            Command::Settle { key, settle, done } => {
+                let Some(held) = self.held.get_mut(&key) else {
+                    let _ = done.send(Err(lost_lease()));
+                    return;
+                };
+                held.done = Some(done);
+                held.progress = Progress::Acking;
+                let work = match *settle {
+                    Settle::Reply(Some(reply)) if held.reply_to().is_some() => {
+                        Work::Reply(Box::new(reply))
+                    }
+                    Settle::Reply(_) => return self.complete(key),
+                    // The copy in the queue is settled by whoever gets it.
+                    Settle::DeadLetter { .. } | Settle::Release if held.tag.is_none() => {
+                        return self.forget(key, Err(lost_lease()));
+                    }
+                    Settle::DeadLetter { reason, reply } => Work::Bury {
+                        reason,
+                        reply: reply.map(Box::new),
+                    },
+                    Settle::Release => Work::Release,
+                };
+                held.progress = Progress::Publishing(work);
+                self.unsent.push_back(key);
+            }
+            Command::Dropped { key } => {
+                let Some(held) = self.held.get_mut(&key) else {
+                    return;
+                };
+                if held.tag.is_none() {
+                    return self.forget(key, Ok(()));
+                }
+                held.progress = Progress::Publishing(Work::Retry);
+                self.unsent.push_back(key);
+            }
+            Command::Again { key } => self.unsent.push_back(key),
+            Command::Stop { done } => {
+                self.stop().await;
+                let _ = done.send(());
+            }
+        }
+    }
+
+    pub(super) fn decide(&mut self, key: u64, fate: Fate) {
+        let Some(held) = self.held.get_mut(&key) else {
+            return;
+        };
+        let Progress::Publishing(work) = &mut held.progress else {
+            return;
+        };
+        match (work, fate) {
+            (Work::Bury { reply, .. }, Fate::Accepted) => match reply.take() {
+                Some(reply) if held.reply_to().is_some() => {
+                    held.progress = Progress::Publishing(Work::Reply(reply));
+                    self.unsent.push_back(key);
+                }
+                _ => self.complete(key),
+            },
+            (_, Fate::Accepted) => self.complete(key),
+            (_, Fate::Lost) => {
+                held.deaths += 1;
+                if held.deaths >= DEATHS_MAX
+                    && matches!(held.progress, Progress::Publishing(Work::Reply(_)))
+                {
+                    tracing::warn!("a reply that the broker takes from nobody");
+                    return self.give_up_reply(key);
+                }
+                self.unsent.push_back(key);
+            }
+            (Work::Reply(_), Fate::Returned | Fate::Refused) => {
+                let next = Instant::now() + RETURNED_RETRY;
+                // Unbounded, retries towards callers that are gone would take all places of this server.
+                let full = self.later.len() >= (self.route.plan.prefetch / 4).max(1);
+                if full || next >= held.returned_until() {
+                    return self.give_up_reply(key);
+                }
+                self.later.push((next, key));
+            }
+            (_, Fate::Refused) => self.later.push((Instant::now() + RETURNED_RETRY, key)),
+            (_, Fate::Returned) => self.declare_for(key),
+        }
+    }
+
+    /// Nobody waits for this reply any more.
+    fn give_up_reply(&mut self, key: u64) {
+        self.route.undeliverable.fetch_add(1, Ordering::Relaxed);
+        self.complete(key);
+    }
+
+    /// Declares the queue that a delivery should go to, and has it published again.
+    fn declare_for(&mut self, key: u64) {
+        let Some(message) = self
+            .held
+            .get(&key)
+            .and_then(|held| held.message(&self.route.plan.names))
+        else {
+            return;
+        };
+        let (plan, commands) = (Arc::clone(&self.route.plan), self.command_sender.clone());
+        let mut link = self.route.consume.clone();
+        let closing = self.route.closing.clone();
+        tokio::spawn(closing.run_until_cancelled_owned(async move {
+            let Some(session) = link.next_session().await else {
+                return;
+            };
+            let ensured =
+                topology::ensure(&session, &plan.config, &plan.names, &message.queue).await;
+            if let Err(failure) = ensured {
+                tracing::error!(%failure, queue = %message.queue, "a request cannot be put aside");
+                sleep(DECLARE_RETRY).await;
+            }
+            let _ = commands.send(Command::Again { key });
+        }));
+    }
+
+    /// All that was to be published is: what remains is the acknowledgement.
+    fn complete(&mut self, key: u64) {
+        let Some(held) = self.held.get_mut(&key) else {
+            return;
+        };
+        let answered = !held.goes_round();
+        held.progress = Progress::Acking;
+        if let Some(identity) = held.identity.clone().filter(|_| answered) {
+            self.recent.insert(identity);
+        }
+        match (held.tag, &mut self.intake) {
+            (Some(tag), Some(intake)) => intake.acker.done(tag, key),
+            _ => self.forget(key, Err(lost_lease())),
+        }
+    }
+
+    /// Acknowledges what is done.
+    pub(super) fn flush(&mut self) {
+        let Some(intake) = &mut self.intake else {
+            return;
+        };
+        let mut keys = Vec::new();
+        intake.acker.flush(&intake.channel, &mut keys);
+        for key in keys {
+            let Some(held) = self.held.get_mut(&key) else {
+                continue;
+            };
+            // The broker sends the next one as soon as it reads the acknowledgement.
+            self.handed -= usize::from(std::mem::take(&mut held.handed));
+            match held.done.is_some() {
+                true => self.sent.next.push(key),
+                false => self.forget(key, Ok(())),
+            }
+        }
+        self.ask();
+    }
+
+    /// The broker does not answer acknowledgements. It works them off in order, so the answer to a question behind them is theirs: who
+    /// was told that a request is settled can go away, and nobody will get it again.
+    fn ask(&mut self) {
+        let Some(intake) = &self.intake else {
+            return;
+        };
+        if self.sent.asking.is_some() || self.sent.next.is_empty() {
+            return;
+        }
+        self.sent.asked = std::mem::take(&mut self.sent.next);
+        let channel = intake.channel.clone();
+        let last = self.stopping && self.sent.asked.len() == self.held.len();
+        let (session, plan) = (Arc::clone(&intake.session), Arc::clone(&self.route.plan));
+        let asking = async move {
+            // It says again what holds already, and only for consumers to come, of which there are none.
+            let qos = channel.basic_qos(1, BasicQosOptions::default());
+            let answered = bounded("basic.qos", qos).await.is_ok();
+            if answered && last {
+                // A quorum queue counts a cancelled consumer until all that it held is settled.
+                topology::consumers_change(&session, &plan.names.main, CONSUMER_LINGERS).await;
+            }
+            answered
+        };
+        self.sent.asking = Some(asking.boxed());
+    }
+
+    /// The broker answered, or will not: on with the next.
+    pub(super) fn answered(&mut self, accepted: bool) {
+        self.sent.asking = None;
+        for key in std::mem::take(&mut self.sent.asked) {
+            let result = match accepted {
+                true => Ok(()),
+                false => Err(lost_lease()),
+            };
+            self.forget(key, result);
+        }
+        self.ask();
+    }
+
+    pub(super) fn forget(&mut self, key: u64, result: Result<(), Error>) {
+        if let Some(mut held) = self.held.remove(&key) {
+            self.handed -= usize::from(held.handed);
+            held.resolve(result);
+        }
+    }
+}
+
+pub(super) fn lost_lease() -> Error {
+    let message = "the connection was lost, and another server may have the request";
+    Error::maybe_executed(ErrorKind::LostLease, message)
+}

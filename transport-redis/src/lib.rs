@@ -8,6 +8,8 @@ mod config;
 mod connection;
 mod error;
 mod frame;
+#[cfg(feature = "conformance")]
+mod harness;
 mod inbox;
 mod isolation;
 mod lease;
@@ -27,6 +29,8 @@ mod transport;
 use std::time::Duration;
 
 pub use config::RedisConfig;
+#[cfg(feature = "conformance")]
+pub use harness::RedisHarness;
 pub use transport::RedisTransport;
 
 /// How long one blocking read waits at the broker.

@@ -217,7 +217,7 @@ impl Broker {
     async fn start(options: &BrokerOptions, source: Source) -> io::Result<Self> {
         let (runtime, url) = match source {
             Source::Url(url) => {
-                if !options.settings.is_empty() || options.durability == Durability::Disk {
+                if !options.settings.is_empty() {
                     return Err(unsupported(
                         "a broker that is given by URL cannot be configured",
                     ));
@@ -247,9 +247,21 @@ impl Broker {
                 (Runtime::Redis(process), url)
             }
         };
-        let identity = probe::identify(options.kind, &url).await?;
+        Self::identified(options.kind, url, runtime).await
+    }
+
+    /// A broker that runs already. It can be neither stopped nor configured from here.
+    ///
+    /// # Errors
+    /// If it does not answer.
+    pub async fn at(kind: BrokerKind, url: impl Into<String>) -> io::Result<Self> {
+        Self::identified(kind, url.into(), Runtime::Url).await
+    }
+
+    async fn identified(kind: BrokerKind, url: String, runtime: Runtime) -> io::Result<Self> {
+        let identity = probe::identify(kind, &url).await?;
         Ok(Self {
-            kind: identity.kind.unwrap_or(options.kind),
+            kind: identity.kind.unwrap_or(kind),
             version: identity.version,
             url,
             runtime,

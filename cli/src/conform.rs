@@ -7,6 +7,8 @@ use std::sync::Arc;
 
 use antiphon::{Error, ErrorKind, Executed};
 use antiphon_conformance::Harness;
+#[cfg(any(feature = "redis", feature = "amqp"))]
+use antiphon_conformance::brokers::{Broker, BrokerKind};
 
 use crate::args::ConformArgs;
 use crate::exit::{self, Exit};
@@ -58,9 +60,30 @@ async fn harness(url: &str) -> Result<Arc<dyn Harness>, Error> {
     match url.split_once("://").map(|(scheme, _)| scheme) {
         #[cfg(feature = "memory")]
         Some("memory") => Ok(Arc::new(antiphon_memory::MemoryHarness::new())),
+        #[cfg(feature = "redis")]
+        Some("redis") => {
+            let broker = broker(BrokerKind::Redis, url).await?;
+            Ok(Arc::new(antiphon_redis::RedisHarness::new(broker)))
+        }
+        #[cfg(feature = "amqp")]
+        Some("amqp") => {
+            let queue_type = antiphon_amqp::AmqpConfig::from_url(url)?.queue_type;
+            let broker = broker(BrokerKind::RabbitMq, url).await?;
+            Ok(Arc::new(antiphon_amqp::AmqpHarness::new(
+                broker, queue_type,
+            )))
+        }
         _ => Err(Error::not_executed(
             ErrorKind::Unsupported,
-            "this backend has no harness for the suite",
+            "the suite cuts connections on their way, and cannot do that to encrypted ones",
         )),
+    }
+}
+
+#[cfg(any(feature = "redis", feature = "amqp"))]
+async fn broker(kind: BrokerKind, url: &str) -> Result<Arc<Broker>, Error> {
+    match Broker::at(kind, url).await {
+        Ok(broker) => Ok(Arc::new(broker)),
+        Err(error) => Err(Error::not_executed(ErrorKind::Connect, error.to_string())),
     }
 }

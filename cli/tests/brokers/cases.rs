@@ -160,3 +160,16 @@ pub(crate) fn a_measurement_counts_every_call(url: &str) {
     );
     server.terminate();
 }
+
+pub(crate) fn a_measurement_tells_how_long_calls_take(url: &str) {
+    let service = fresh("latency");
+    let server = Running::serve(url, &service, &["--sleep", "50"]);
+    let arguments = ["--calls", "20", "--concurrency", "4", "--json"];
+    let object = run(&[&["--url", url, "bench", &service], &arguments[..]].concat())
+        .succeeded()
+        .object();
+    for field in ["p50_us", "p90_us", "p99_us", "max_us"] {
+        assert!(object[field].as_u64().unwrap() >= 50_000, "{object}");
+    }
+    server.terminate();
+}

@@ -38,6 +38,7 @@ on_each_broker!(
     cases::a_reply_may_take_its_time,
     cases::a_command_answers_or_fails,
     cases::a_measurement_counts_every_call,
+    cases::a_measurement_tells_how_long_calls_take,
     failures::nobody_serves,
     failures::a_failed_call_fails_the_bench,
     failures::the_process_group_dies_at_the_deadline,

@@ -37,10 +37,11 @@ impl Client {
     /// Its one task runs on the present Tokio runtime.
     ///
     /// # Errors
-    /// As of [`Transport::open_inbox`]; `Invalid` for a timeout above 30 days.
+    /// `Connect` if the connection is lost and not back within 10 s; others as of [`Transport::open_inbox`]; `Invalid` for a
+    /// timeout above 30 days.
     pub async fn open(transport: Arc<dyn Transport>, config: ClientConfig) -> Result<Self, Error> {
         config::check_timeout(config.timeout)?;
-        let inbox = transport.open_inbox().await?;
+        let inbox = config::bounded("open an inbox", transport.open_inbox()).await?;
         let pending = Pending::new(inbox.address(), config.max_pending);
         let ended = CancellationToken::new();
         let dispatch = dispatch(

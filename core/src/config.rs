@@ -105,3 +105,18 @@ pub(crate) fn check_body(body: &[u8], max_body: usize) -> Result<(), Error> {
     }
     Ok(())
 }
+
+/// How long opening something waits for a connection that is lost.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
+
+pub(crate) async fn bounded<T>(
+    what: &str,
+    opening: impl Future<Output = Result<T, Error>>,
+) -> Result<T, Error> {
+    tokio::time::timeout(OPEN_TIMEOUT, opening)
+        .await
+        .unwrap_or_else(|_| {
+            let message = format!("no connection to {what} within {OPEN_TIMEOUT:?}");
+            Err(Error::not_executed(ErrorKind::Connect, message))
+        })
+}

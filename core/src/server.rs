@@ -13,7 +13,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
 use crate::client::{IntoServiceName, LazyClient};
-use crate::config::{ClientConfig, ServerConfig};
+use crate::config::{self, ClientConfig, ServerConfig};
 use crate::error::{Error, ErrorKind};
 use crate::handler::{AnyHandler, Raw, RawHandler};
 use crate::name::{Method, ServiceName};
@@ -155,8 +155,8 @@ impl Server {
     /// **Resolves when** all of them are live. Its tasks run on the present Tokio runtime.
     ///
     /// # Errors
-    /// `Invalid` for a bad name, a method that is handled twice, or no handler at all, before any I/O; `AlreadyOwned` and others
-    /// as of [`Transport::subscribe`]. If one service fails, none is served.
+    /// `Invalid` for a bad name, a method that is handled twice, or no handler at all, before any I/O; `Connect` if the connection is
+    /// lost and not back within 10 s; `AlreadyOwned` and others as of [`Transport::subscribe`]. If one service fails, none is served.
     pub async fn start(self) -> Result<RunningServer, Error> {
         let services = self.services?;
         if services.is_empty() {
@@ -172,7 +172,7 @@ impl Server {
         let mut subscriptions = Vec::with_capacity(services.len());
         for (name, handlers) in services {
             subscriptions.push((
-                self.transport.subscribe(&name, options).await?,
+                config::bounded("subscribe", self.transport.subscribe(&name, options)).await?,
                 name,
                 handlers,
             ));

@@ -27,6 +27,8 @@ pub(crate) struct Held {
     pub(crate) attempt: u32,
     pub(crate) identity: Option<Identity>,
     pub(crate) progress: Progress,
+    /// It is in another queue, or in its own once more.
+    pub(crate) moved: bool,
     /// It takes a handler's place.
     pub(crate) handed: bool,
     /// Who waits for it to be settled.
@@ -101,6 +103,7 @@ impl Held {
             attempt,
             identity: Identity::of(&properties),
             progress,
+            moved: false,
             handed: false,
             done: None,
             plain: message::is_plain(&properties),
@@ -116,6 +119,13 @@ impl Held {
     pub(crate) fn reply_to(&self) -> Option<&ShortString> {
         let address = self.properties.reply_to().as_ref()?;
         (!address.as_str().is_empty()).then_some(address)
+    }
+
+    /// True if both may be the same request.
+    pub(crate) fn is_like(&self, other: &Self) -> bool {
+        self.properties.correlation_id() == other.properties.correlation_id()
+            && self.properties.reply_to() == other.properties.reply_to()
+            && self.body == other.body
     }
 
     /// True while the request itself is on its way to a queue.

@@ -1,24 +1,29 @@
-//! What a subscription takes from: a channel with two consumers, on one life of the connection.
+//! What a subscription takes from: two queues, on one life of the connection.
 
 use std::fmt;
 use std::future::poll_fn;
 use std::sync::Arc;
 use std::task::Poll;
+use std::time::Duration;
 
-use futures_util::{FutureExt, Stream, StreamExt};
+use futures_util::future::{BoxFuture, join_all};
+use futures_util::{FutureExt, StreamExt};
 use lapin::message::Delivery;
 use lapin::options::{BasicCancelOptions, BasicConsumeOptions, BasicQosOptions};
 use lapin::types::{FieldTable, ShortString};
 use lapin::{Channel, Consumer};
-use std::pin::Pin;
+use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::acker::Acker;
 use crate::config::AmqpConfig;
-use crate::error::Failure;
-use crate::link::{Link, Session, bounded};
+use crate::error::{Failure, closed};
+use crate::link::{Link, Session, backoff, bounded};
 use crate::naming::QueueNames;
 use crate::topology;
+
+/// How long a subscription waits for its retry queue before it serves without.
+const RETRY_PATIENCE: Duration = Duration::from_secs(1);
 
 /// What a subscription is.
 #[derive(Clone, Debug)]
@@ -42,12 +47,19 @@ pub(crate) enum Origin {
 
 pub(crate) struct Intake {
     pub(crate) session: Arc<Session>,
-    pub(crate) channel: Channel,
-    pub(crate) acker: Acker,
     /// Cancelled when the channel is lost: what plain peers sent comes back as something new.
     pub(crate) lease: CancellationToken,
-    main: Consumer,
-    retry: Consumer,
+    main: Lane,
+    retry: Option<Lane>,
+    /// The retry queue, while the broker does not give it to us.
+    attaching: Option<BoxFuture<'static, Lane>>,
+}
+
+/// One queue, on a channel of its own: a broker that lost a queue's leader stops answering on the channel that asked for it.
+struct Lane {
+    channel: Channel,
+    consumer: Consumer,
+    acker: Acker,
 }
 
 impl Intake {
@@ -59,7 +71,7 @@ impl Intake {
         let mut attempt = 0;
         loop {
             let Some(session) = link.next_session().await else {
-                return Err(Failure::Final(crate::error::closed()));
+                return Err(Failure::Final(closed()));
             };
             match Self::open_on(session, &plan).await {
                 Ok(intake) => return Ok(intake),
@@ -68,7 +80,7 @@ impl Intake {
                     tracing::debug!(%failure, queue = %plan.names.main, "not yet subscribed")
                 }
             }
-            tokio::time::sleep(crate::link::backoff(attempt)).await;
+            sleep(backoff(attempt)).await;
             attempt = attempt.saturating_add(1);
         }
     }
@@ -96,17 +108,18 @@ impl Intake {
     }
 
     async fn consume(session: &Arc<Session>, plan: &Plan) -> Result<Self, Failure> {
-        let channel = session.channel().await?;
         let prefetch = u16::try_from(plan.prefetch).unwrap_or(u16::MAX);
-        // A limit holds for the consumers that are started after it, for each of them.
-        let main = consume(&channel, &plan.names.main, prefetch).await?;
-        let retry = consume(&channel, &plan.names.retry, 1).await?;
+        let main = Lane::open(session, &plan.names.main, prefetch).await?;
+        let mut attaching = attach(Arc::clone(session), plan.names.retry.clone()).boxed();
+        let retry = timeout(RETRY_PATIENCE, &mut attaching).await.ok();
+        if retry.is_none() {
+            tracing::warn!(queue = %plan.names.retry, "no answer; serving without it for now");
+        }
         Ok(Self {
             session: Arc::clone(session),
-            channel,
-            acker: Acker::new(),
             lease: CancellationToken::new(),
             main,
+            attaching: retry.is_none().then_some(attaching),
             retry,
         })
     }
@@ -114,11 +127,14 @@ impl Intake {
     /// The next delivery; `None` once a consumer has ended, for whatever reason.
     pub(crate) async fn next(&mut self) -> Option<(Origin, Delivery)> {
         poll_fn(|cx| {
-            for (origin, consumer) in [
-                (Origin::Retry, &mut self.retry),
-                (Origin::Main, &mut self.main),
-            ] {
-                match Pin::new(consumer).poll_next(cx) {
+            if let Some(attaching) = &mut self.attaching
+                && let Poll::Ready(lane) = attaching.poll_unpin(cx)
+            {
+                self.attaching = None;
+                self.retry = Some(lane);
+            }
+            for (origin, lane) in self.lanes() {
+                match lane.consumer.poll_next_unpin(cx) {
                     Poll::Ready(Some(Ok(delivery))) => {
                         return Poll::Ready(Some((origin, delivery)));
                     }
@@ -133,46 +149,117 @@ impl Intake {
 
     /// Stops taking, and gives what the broker had sent until then.
     pub(crate) async fn cancel(&mut self) -> Vec<(Origin, Delivery)> {
+        self.attaching = None;
         let mut rest = Vec::new();
-        for (origin, consumer) in [
-            (Origin::Retry, &mut self.retry),
-            (Origin::Main, &mut self.main),
-        ] {
+        for (origin, lane) in self.lanes() {
             let options = BasicCancelOptions::default();
-            let cancel = self.channel.basic_cancel(consumer.tag(), options);
+            let cancel = lane.channel.basic_cancel(lane.consumer.tag(), options);
             if let Err(failure) = bounded("basic.cancel", cancel).await {
                 tracing::debug!(%failure, "the consumer was not cancelled");
             }
             // What was under way is here before the broker's answer.
-            while let Some(Some(Ok(delivery))) = consumer.next().now_or_never() {
+            while let Some(Some(Ok(delivery))) = lane.consumer.next().now_or_never() {
                 rest.push((origin, delivery));
             }
         }
         rest
     }
+
+    /// Marks a delivery as done; `key` comes back when it is acknowledged.
+    pub(crate) fn done(&mut self, origin: Origin, tag: u64, key: u64) {
+        let lane = match origin {
+            Origin::Main => Some(&mut self.main),
+            Origin::Retry => self.retry.as_mut(),
+        };
+        if let Some(lane) = lane {
+            lane.acker.done(tag, key);
+        }
+    }
+
+    /// True if something is done and not acknowledged.
+    pub(crate) fn is_dirty(&self) -> bool {
+        let retry = self.retry.as_ref();
+        self.main.acker.is_dirty() || retry.is_some_and(|lane| lane.acker.is_dirty())
+    }
+
+    /// Acknowledges all that is done, and gives its keys.
+    pub(crate) fn flush(&mut self, keys: &mut Vec<u64>) {
+        for (_, lane) in self.lanes() {
+            lane.acker.flush(&lane.channel, keys);
+        }
+    }
+
+    /// Resolves when the broker has worked off what it was sent before: true if it has.
+    pub(crate) fn ask(&self) -> impl Future<Output = bool> + Send + use<> {
+        let lanes = std::iter::once(&self.main).chain(&self.retry);
+        let questions: Vec<_> = lanes.map(|lane| question(lane.channel.clone())).collect();
+        async {
+            join_all(questions)
+                .await
+                .into_iter()
+                .all(|answered| answered)
+        }
+    }
+
+    /// The keys of all that is done; it will never be acknowledged.
+    pub(crate) fn abandon(self) -> impl Iterator<Item = u64> {
+        let retry = self.retry.map(|lane| lane.acker);
+        std::iter::once(self.main.acker)
+            .chain(retry)
+            .flat_map(Acker::abandon)
+    }
+
+    /// The retry queue first: what is in it is older.
+    fn lanes(&mut self) -> impl Iterator<Item = (Origin, &mut Lane)> {
+        let retry = self.retry.iter_mut().map(|lane| (Origin::Retry, lane));
+        retry.chain([(Origin::Main, &mut self.main)])
+    }
+}
+
+impl Lane {
+    async fn open(session: &Session, queue: &ShortString, prefetch: u16) -> Result<Self, Failure> {
+        let channel = session.channel().await?;
+        let qos = channel.basic_qos(prefetch, BasicQosOptions::default());
+        bounded("basic.qos", qos).await?;
+        let consume = channel.basic_consume(
+            queue.clone(),
+            ShortString::default(),
+            BasicConsumeOptions::default(),
+            FieldTable::default(),
+        );
+        let consumer = bounded("basic.consume", consume).await?;
+        Ok(Self {
+            channel,
+            consumer,
+            acker: Acker::new(),
+        })
+    }
+}
+
+/// Tries until the broker gives us the retry queue. If the connection is lost meanwhile, the main queue's consumer tells.
+async fn attach(session: Arc<Session>, queue: ShortString) -> Lane {
+    let mut attempt = 0;
+    loop {
+        match Lane::open(&session, &queue, 1).await {
+            Ok(lane) => return lane,
+            Err(failure) => tracing::warn!(%failure, %queue, "not yet consumed"),
+        }
+        sleep(backoff(attempt)).await;
+        attempt = attempt.saturating_add(1);
+    }
+}
+
+/// Asks something that changes nothing: a limit for consumers to come, of which there are none.
+async fn question(channel: Channel) -> bool {
+    let qos = channel.basic_qos(1, BasicQosOptions::default());
+    bounded("basic.qos", qos).await.is_ok()
 }
 
 impl fmt::Debug for Intake {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Intake")
             .field("session", &self.session.number)
-            .field("channel", &self.channel.id())
+            .field("retry", &self.retry.is_some())
             .finish_non_exhaustive()
     }
-}
-
-async fn consume(
-    channel: &Channel,
-    queue: &ShortString,
-    prefetch: u16,
-) -> Result<Consumer, Failure> {
-    let qos = channel.basic_qos(prefetch, BasicQosOptions::default());
-    bounded("basic.qos", qos).await?;
-    let consume = channel.basic_consume(
-        queue.clone(),
-        ShortString::default(),
-        BasicConsumeOptions::default(),
-        FieldTable::default(),
-    );
-    bounded("basic.consume", consume).await
 }

@@ -62,7 +62,7 @@ impl Courier {
                     return;
                 }
                 if self.recent.contains(&identity) {
-                    intake.acker.done(tag, key);
+                    intake.done(origin, tag, key);
                     return;
                 }
             }
@@ -113,10 +113,15 @@ impl Courier {
 
     /// Hands over what waits, as far as handlers are free.
     pub(super) fn hand_over(&mut self, now: Instant) {
+        let mut parked = Vec::new();
         while self.handed < self.route.plan.prefetch {
             let Some(key) = self.waiting.pop_front() else {
-                return;
+                break;
             };
+            if self.is_parked(key) {
+                parked.push(key);
+                continue;
+            }
             let Some(held) = self.held.get_mut(&key) else {
                 continue;
             };
@@ -144,12 +149,28 @@ impl Courier {
                 let _ = delivery.release().now_or_never();
             }
         }
+        for key in parked.into_iter().rev() {
+            self.waiting.push_front(key);
+        }
         while let Some(key) = self.waiting.front().copied()
             && self.goes_back(&key).is_some_and(|at| at <= now)
         {
             self.waiting.pop_front();
             self.give_back(key);
         }
+    }
+
+    /// True of a request from the retry queue while that of which it is the copy is not acknowledged: if it killed this server
+    /// now, both would come back, and the count of one would be lost.
+    fn is_parked(&self, key: u64) -> bool {
+        let Some(copy) = self.held.get(&key) else {
+            return false;
+        };
+        copy.origin == Origin::Retry
+            && self
+                .held
+                .iter()
+                .any(|(other, held)| *other != key && held.tag.is_some() && held.is_like(copy))
     }
 
     /// Takes nothing more, and gives back what no handler has.
@@ -190,7 +211,9 @@ impl Courier {
     /// When a request from the retry queue is given back.
     pub(super) fn goes_back(&self, key: &u64) -> Option<Instant> {
         let held = self.held.get(key)?;
-        (held.origin == Origin::Retry && held.tag.is_some()).then(|| held.taken() + RETRY_WAITS)
+        let busy = self.handed >= self.route.plan.prefetch;
+        (busy && held.origin == Origin::Retry && held.tag.is_some())
+            .then(|| held.taken() + RETRY_WAITS)
     }
 
     /// The channel is gone: no tag is good any more, and the broker gives all that was not acknowledged to somebody.
@@ -203,7 +226,7 @@ impl Courier {
             held.tag = None;
         }
         // Answered, and perhaps not acknowledged: if a copy comes, it will be.
-        for key in intake.acker.abandon().chain(self.sent.abandon()) {
+        for key in intake.abandon().chain(self.sent.abandon()) {
             self.forget(key, Err(lost_lease()));
         }
         let held = &mut self.held;

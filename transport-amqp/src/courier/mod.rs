@@ -211,10 +211,7 @@ impl Courier {
             .outlet
             .as_ref()
             .is_some_and(|outlet| outlet.pending().0 > 0);
-        let dirty = self
-            .intake
-            .as_ref()
-            .is_some_and(|intake| intake.acker.is_dirty());
+        let dirty = self.intake.as_ref().is_some_and(|intake| intake.is_dirty());
         if !pending && !dirty {
             self.tick = None;
         } else if self.tick.is_none() {

@@ -8,12 +8,10 @@ use antiphon_core::transport::Settle;
 use antiphon_core::{Error, ErrorKind};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
-use lapin::options::BasicQosOptions;
 use tokio::time::{Instant, sleep};
 
 use super::{Courier, RETURNED_RETRY};
 use crate::held::{Progress, Work};
-use crate::link::bounded;
 use crate::outlet::Fate;
 use crate::settle::Command;
 use crate::topology;
@@ -178,13 +176,14 @@ impl Courier {
         let Some(held) = self.held.get_mut(&key) else {
             return;
         };
-        let answered = !held.goes_round();
+        held.moved = held.goes_round();
+        let answered = !held.moved;
         held.progress = Progress::Acking;
         if let Some(identity) = held.identity.clone().filter(|_| answered) {
             self.recent.insert(identity);
         }
         match (held.tag, &mut self.intake) {
-            (Some(tag), Some(intake)) => intake.acker.done(tag, key),
+            (Some(tag), Some(intake)) => intake.done(held.origin, tag, key),
             _ => self.forget(key, Err(lost_lease())),
         }
     }
@@ -195,14 +194,14 @@ impl Courier {
             return;
         };
         let mut keys = Vec::new();
-        intake.acker.flush(&intake.channel, &mut keys);
+        intake.flush(&mut keys);
         for key in keys {
             let Some(held) = self.held.get_mut(&key) else {
                 continue;
             };
             // The broker sends the next one as soon as it reads the acknowledgement.
             self.handed -= usize::from(std::mem::take(&mut held.handed));
-            match held.done.is_some() {
+            match held.done.is_some() || held.moved {
                 true => self.sent.next.push(key),
                 false => self.forget(key, Ok(())),
             }
@@ -220,13 +219,11 @@ impl Courier {
             return;
         }
         self.sent.asked = std::mem::take(&mut self.sent.next);
-        let channel = intake.channel.clone();
         let last = self.stopping && self.sent.asked.len() == self.held.len();
         let (session, plan) = (Arc::clone(&intake.session), Arc::clone(&self.route.plan));
+        let answer = intake.ask();
         let asking = async move {
-            // It says again what holds already, and only for consumers to come, of which there are none.
-            let qos = channel.basic_qos(1, BasicQosOptions::default());
-            let answered = bounded("basic.qos", qos).await.is_ok();
+            let answered = answer.await;
             if answered && last {
                 // A quorum queue counts a cancelled consumer until all that it held is settled.
                 topology::consumers_change(&session, &plan.names.main, CONSUMER_LINGERS).await;

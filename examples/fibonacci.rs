@@ -9,14 +9,24 @@ use std::time::Duration;
 
 #[tokio::main]
 async fn main() -> Result<(), antiphon::Error> {
-    let url = std::env::args().nth(1).unwrap_or_else(|| "memory://fibonacci".into());
+    let url = std::env::args()
+        .nth(1)
+        .unwrap_or_else(|| "memory://fibonacci".into());
     let connection = antiphon::connect(&url).await?;
 
-    let server = connection.server().handle("fib", |n: u64| async move { support::fibonacci(n) }).start().await?;
+    let server = connection
+        .server()
+        .handle("fib", |n: u64| async move { support::fibonacci(n) })
+        .start()
+        .await?;
     let client = connection.client().await?;
     for n in [10, 30, 93, 94] {
         println!("asking for fib({n})");
-        match client.call::<u64>("fib", &n).timeout(Duration::from_secs(5)).await {
+        match client
+            .call::<u64>("fib", &n)
+            .timeout(Duration::from_secs(5))
+            .await
+        {
             Ok(value) => println!("fib({n}) = {value}"),
             Err(error) => println!("fib({n}): {error}"),
         }

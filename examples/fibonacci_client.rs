@@ -24,7 +24,9 @@ async fn main() -> Result<(), antiphon::Error> {
     let client = connection.client().await?;
     let mut calls = JoinSet::new();
     for n in numbers {
-        let call = client.call::<u64>("fib", &n).timeout(Duration::from_secs(10));
+        let call = client
+            .call::<u64>("fib", &n)
+            .timeout(Duration::from_secs(10));
         calls.spawn(async move { (n, call.await) });
     }
     let mut failed = false;

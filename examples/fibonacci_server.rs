@@ -13,7 +13,12 @@ async fn main() -> Result<(), antiphon::Error> {
         println!("computing fib({n})");
         support::fibonacci(n)
     };
-    let server = connection.server().handle("fib", handler).prefetch(16).start().await?;
+    let server = connection
+        .server()
+        .handle("fib", handler)
+        .prefetch(16)
+        .start()
+        .await?;
     println!("ready fib; Ctrl-C drains and ends it");
     if let Err(error) = tokio::signal::ctrl_c().await {
         eprintln!("no Ctrl-C on this system: {error}");

@@ -21,28 +21,38 @@ use antiphon_core::{Client, ClientConfig, ConnectionState, Error, ErrorKind, Ser
 /// # Ok(()) }
 /// ```
 pub async fn connect(url: &str) -> Result<Connection, Error> {
+    Ok(Connection::new(open(url).await?))
+}
+
+async fn open(url: &str) -> Result<Arc<dyn Transport>, Error> {
     let Some((scheme, _)) = url.split_once("://") else {
-        return Err(Error::not_executed(ErrorKind::Invalid, "a broker URL has a scheme, such as redis://localhost"));
+        let message = "a broker URL has a scheme, such as redis://localhost";
+        return Err(Error::not_executed(ErrorKind::Invalid, message));
     };
-    let transport: Arc<dyn Transport> = match scheme {
+    match scheme {
         #[cfg(feature = "memory")]
         "memory" => {
             let config = antiphon_memory::MemoryConfig::from_url(url)?;
-            Arc::new(antiphon_memory::MemoryTransport::connect(config).await?)
+            Ok(Arc::new(
+                antiphon_memory::MemoryTransport::connect(config).await?,
+            ))
         }
         #[cfg(feature = "redis")]
         "redis" | "rediss" => {
             let config = antiphon_redis::RedisConfig::from_url(url)?;
-            Arc::new(antiphon_redis::RedisTransport::connect(config).await?)
+            Ok(Arc::new(
+                antiphon_redis::RedisTransport::connect(config).await?,
+            ))
         }
         #[cfg(feature = "amqp")]
         "amqp" | "amqps" => {
             let config = antiphon_amqp::AmqpConfig::from_url(url)?;
-            Arc::new(antiphon_amqp::AmqpTransport::connect(config).await?)
+            Ok(Arc::new(
+                antiphon_amqp::AmqpTransport::connect(config).await?,
+            ))
         }
-        _ => return Err(absent(scheme)),
-    };
-    Ok(Connection { transport })
+        _ => Err(absent(scheme)),
+    }
 }
 
 /// A connection to a broker, from which clients and servers are made. Cloning is cheap.
@@ -105,11 +115,15 @@ fn absent(scheme: &str) -> Error {
         "redis" | "rediss" => "redis",
         "amqp" | "amqps" => "amqp",
         _ => {
-            let message = format!("no backend has the scheme {scheme:?}; there are memory, redis, rediss, amqp and amqps");
+            let message = format!(
+                "no backend has the scheme {scheme:?}; there are memory, redis, rediss, amqp and amqps"
+            );
             return Error::not_executed(ErrorKind::Unsupported, message);
         }
     };
-    let message = format!("{scheme}:// needs the feature {feature:?} of the crate antiphon, which is not compiled in");
+    let message = format!(
+        "{scheme}:// needs the feature {feature:?} of the crate antiphon, which is not compiled in"
+    );
     Error::not_executed(ErrorKind::Unsupported, message)
 }
 
@@ -122,15 +136,30 @@ mod tests {
         for (scheme, feature) in [("memory", "memory"), ("rediss", "redis"), ("amqps", "amqp")] {
             let error = absent(scheme);
             assert_eq!(error.kind(), ErrorKind::Unsupported);
-            assert!(error.message().contains(&format!("feature {feature:?}")), "{error}");
+            assert!(
+                error.message().contains(&format!("feature {feature:?}")),
+                "{error}"
+            );
         }
     }
 
     #[tokio::test]
     async fn a_url_is_checked_before_any_io() {
-        assert_eq!(connect("localhost").await.unwrap_err().kind(), ErrorKind::Invalid);
-        assert_eq!(connect("kafka://localhost").await.unwrap_err().kind(), ErrorKind::Unsupported);
+        assert_eq!(
+            connect("localhost").await.unwrap_err().kind(),
+            ErrorKind::Invalid
+        );
+        assert_eq!(
+            connect("kafka://localhost").await.unwrap_err().kind(),
+            ErrorKind::Unsupported
+        );
         #[cfg(not(feature = "redis"))]
-        assert!(connect("redis://localhost").await.unwrap_err().message().contains("redis"));
+        assert!(
+            connect("redis://localhost")
+                .await
+                .unwrap_err()
+                .message()
+                .contains("redis")
+        );
     }
 }

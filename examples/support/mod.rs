@@ -21,7 +21,9 @@ pub(crate) fn broker_url(argument: Option<String>, usage: &str) -> String {
     match argument {
         Some(url) if !url.starts_with("memory:") => url,
         _ => {
-            eprintln!("usage: {usage}\nURL is a broker's, such as redis://127.0.0.1:6379 or amqp://127.0.0.1:5672");
+            eprintln!(
+                "usage: {usage}\nURL is a broker's, such as redis://127.0.0.1:6379 or amqp://127.0.0.1:5672"
+            );
             std::process::exit(2);
         }
     }

@@ -479,4 +479,16 @@ mod tests {
         );
         assert_eq!(attempt(&BasicProperties::default()), 2);
     }
+
+    /// The page names every header that we write, and its fault is ours.
+    #[test]
+    fn the_page_on_the_wire_format_is_true() {
+        let page = include_str!("../../docs/wire-format.md");
+        for header in [VERSION, OUTCOME, EXECUTED, ATTEMPT, REASON] {
+            assert!(page.contains(&format!("| `{header}` |")), "{header}");
+        }
+        let body = Fault::new(Code::OutOfRange, "n > 93").to_body();
+        let example = format!("```json\n{}\n```", std::str::from_utf8(&body).unwrap());
+        assert!(page.contains(&example), "{example}");
+    }
 }

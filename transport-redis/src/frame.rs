@@ -553,4 +553,30 @@ mod tests {
             "{\"v\":1,\"attempt\":2,\"at\":5,\"reason\":\"not a\\u000a\\\"frame\\\"\"}"
         );
     }
+
+    /// The examples of the page are what we write, and what we write is what we read.
+    #[test]
+    fn the_page_on_the_wire_format_is_true() {
+        let page = include_str!("../../docs/wire-format.md");
+        let mut sent = request(b"30");
+        sent.method = Some(Method::new("add").unwrap());
+        sent.content_type = Some(ContentType::JSON);
+        sent.headers.insert("tenant", "a").unwrap();
+        let expiry = Expiry {
+            at: Some(1_764_000_000_000),
+            budget: Some(30_000),
+        };
+        let mut value = Reply::value(sent.id.clone(), "832040");
+        value.content_type = Some(ContentType::JSON);
+        let fault = Fault::new(Code::OutOfRange, "n > 93");
+        let fault = Reply::fault(sent.id.clone(), fault, Executed::Yes);
+        for frame in [
+            encode_request(&sent, expiry, None),
+            encode_reply(&value, None),
+            encode_reply(&fault, None),
+        ] {
+            let example = format!("```text\n{}\n```", String::from_utf8(frame).unwrap());
+            assert!(page.contains(&example), "{example}");
+        }
+    }
 }

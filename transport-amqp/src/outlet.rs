@@ -12,6 +12,9 @@ use lapin::options::BasicPublishOptions;
 use lapin::types::ShortString;
 use lapin::{BasicProperties, Channel, Confirmation};
 
+/// Plain peers that have no inbox give addresses that begin so.
+const DIRECT_REPLY_TO: &str = "amq.rabbitmq.reply-to";
+
 /// A message for one queue.
 #[derive(Debug)]
 pub(crate) struct Message {
@@ -100,9 +103,11 @@ impl<T> Outlet<T> {
         let key = self.key(queue.as_str(), correlation.map(ShortString::as_str));
         let bytes = body.len();
         let channel = Arc::clone(&self.channel);
+        // The broker hands what is for a pseudo-queue over by itself, and then finds that no queue took it.
+        let mandatory = !queue.as_str().starts_with(DIRECT_REPLY_TO);
         let mut confirm = Box::pin(async move {
             let options = BasicPublishOptions {
-                mandatory: true,
+                mandatory,
                 ..BasicPublishOptions::default()
             };
             channel

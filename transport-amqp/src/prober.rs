@@ -43,7 +43,8 @@ impl Prober {
         }
     }
 
-    async fn consumers(&self, queue: &ShortString) -> Result<u32, Failure> {
+    /// How many consume from the queue.
+    pub(crate) async fn consumers(&self, queue: &ShortString) -> Result<u32, Failure> {
         let mut spare = self.channel.lock().await;
         let channel = match spare.take().filter(|channel| channel.status().connected()) {
             Some(channel) => channel,

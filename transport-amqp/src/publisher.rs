@@ -12,11 +12,12 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
+use crate::absent::Absent;
 use crate::error::closed;
 use crate::link::{Link, Session};
 use crate::message;
 use crate::outlet::{Fate, Message, Outlet};
-use crate::prober::no_responder;
+use crate::prober::{Prober, no_responder};
 
 /// The most messages, and about the most bytes, that wait for the broker's word at once. What is above it stays in our own queue,
 /// where it can be withdrawn.
@@ -28,14 +29,6 @@ const BATCH: usize = 256;
 
 /// How often confirms are looked at that nobody waits for urgently.
 const SWEEP: Duration = Duration::from_millis(2);
-
-/// A request to a service that has no queue yet is tried again after this time, and then at twice the distance each time.
-const RETRY_MIN: Duration = Duration::from_millis(50);
-const RETRY_MAX: Duration = Duration::from_millis(500);
-
-/// A request whose last try came back is given up this long before its deadline: afterwards its caller could no longer be
-/// told that it was certainly not executed.
-const GIVE_UP_EARLY: Duration = Duration::from_millis(3);
 
 /// While nothing can be sent, withdrawn requests are thrown out this often.
 const PURGE: Duration = Duration::from_millis(500);
@@ -61,8 +54,8 @@ pub(crate) struct OutgoingRequest {
     pub(crate) deadline: Option<Instant>,
     pub(crate) expect_responder: bool,
     pub(crate) ticket: Ticket,
-    /// The pause before the next try, once one has come back.
-    pub(crate) backoff: Option<Duration>,
+    /// It was sent, and there was no queue for it.
+    pub(crate) came_back: bool,
 }
 
 /// The task's own state.
@@ -76,8 +69,10 @@ pub(crate) struct Publisher {
     queue: VecDeque<Job>,
     outlet: Option<Outlet<Job>>,
     session: Option<Arc<Session>>,
-    /// Requests that came back, and when they are tried again.
-    returned: Vec<(Instant, Job)>,
+    /// Requests that came back, and those that would.
+    absent: Absent,
+    /// Queues that are there now.
+    found: mpsc::UnboundedReceiver<ShortString>,
 }
 
 impl Publisher {
@@ -85,8 +80,10 @@ impl Publisher {
         link: Link,
         gate: watch::Receiver<bool>,
         jobs: mpsc::UnboundedReceiver<Job>,
+        prober: Arc<Prober>,
         closing: CancellationToken,
     ) -> Self {
+        let (sender, found) = mpsc::unbounded_channel();
         Self {
             link,
             gate,
@@ -95,7 +92,8 @@ impl Publisher {
             queue: VecDeque::new(),
             outlet: None,
             session: None,
-            returned: Vec::new(),
+            absent: Absent::new(prober, sender),
+            found,
         }
     }
 
@@ -128,6 +126,10 @@ impl Publisher {
                     false
                 }
                 () = prompt(&mut self.outlet) => true,
+                Some(queue) = self.found.recv() => {
+                    self.queue.extend(self.absent.take(&queue));
+                    false
+                }
                 Ok(()) = self.link.state.changed() => false,
                 Ok(()) = self.link.blocked.changed() => false,
                 Ok(()) = self.gate.changed() => false,
@@ -146,7 +148,7 @@ impl Publisher {
             if self.is_broken() {
                 self.abandon();
             }
-            self.retry_returned(now);
+            self.give_up(now);
             if !flowing {
                 self.purge();
             }
@@ -188,9 +190,16 @@ impl Publisher {
             if !has_room(outlet) {
                 return;
             }
-            let Some(mut job) = self.queue.pop_front() else {
+            let Some(job) = self.queue.pop_front() else {
                 return;
             };
+            if let Some(queue) = job.waits_for()
+                && self.absent.is_absent(queue)
+            {
+                let queue = queue.clone();
+                self.absent.park(&queue, job);
+                continue;
+            }
             let Some((message, prompt)) = job.encode() else {
                 continue;
             };
@@ -208,19 +217,9 @@ impl Publisher {
                 Err(no_responder(&request.queue))
             }
             (What::Request(request), Fate::Returned) => {
-                // Clients declare no queues: the request waits here until a server has.
-                let pause = request
-                    .backoff
-                    .map_or(RETRY_MIN, |pause| (pause * 2).min(RETRY_MAX));
-                request.backoff = Some(pause);
-                let mut at = Instant::now() + pause;
-                let last = request
-                    .deadline
-                    .and_then(|deadline| deadline.checked_sub(GIVE_UP_EARLY));
-                if let Some(last) = last {
-                    at = at.min(last);
-                }
-                return self.returned.push((at, job));
+                request.came_back = true;
+                let queue = request.queue.clone();
+                return self.absent.park(&queue, job);
             }
             (What::Request(_), Fate::Refused) => Err(Error::maybe_executed(
                 ErrorKind::Overloaded,
@@ -244,22 +243,12 @@ impl Publisher {
         let _ = job.done.send(result);
     }
 
-    /// Queues what came back and is due again; what has no time left is given up, and was certainly not executed.
-    fn retry_returned(&mut self, now: Instant) {
-        let mut index = 0;
-        while let Some((at, _)) = self.returned.get(index) {
-            if *at > now {
-                index += 1;
-                continue;
-            }
-            let (_, job) = self.returned.swap_remove(index);
-            if job.is_over(now + GIVE_UP_EARLY) {
-                let message = "nobody came to serve it before its deadline";
-                let error = Error::not_executed(ErrorKind::DeadlineExceeded, message);
-                let _ = job.done.send(Err(error));
-            } else if !job.is_abandoned() {
-                self.queue.push_back(job);
-            }
+    /// Gives up what waited for its service until its deadline. None of it is with the broker.
+    fn give_up(&mut self, now: Instant) {
+        for job in self.absent.overdue(now) {
+            let message = "nobody came to serve it before its deadline";
+            let error = Error::not_executed(ErrorKind::DeadlineExceeded, message);
+            let _ = job.done.send(Err(error));
         }
     }
 
@@ -288,14 +277,14 @@ impl Publisher {
     }
 
     fn next_wake(&self, sweep: Option<Instant>, flowing: bool) -> Option<Instant> {
-        let retry = self.returned.iter().map(|(at, _)| *at).min();
+        let absent = self.absent.next_wake();
         let idle = self.queue.is_empty();
         let busy = match flowing {
             // A batch is through, and the next one waits. If the window is full, the sweep makes room.
             true => (!idle && self.outlet.as_ref().is_some_and(has_room)).then(Instant::now),
             false => (!idle).then(|| Instant::now() + PURGE),
         };
-        sweep.into_iter().chain(retry).chain(busy).min()
+        sweep.into_iter().chain(absent).chain(busy).min()
     }
 
     fn close(mut self) {
@@ -303,8 +292,7 @@ impl Publisher {
         while let Ok(job) = self.jobs.try_recv() {
             self.queue.push_back(job);
         }
-        let returned = self.returned.drain(..).map(|(_, job)| job);
-        for job in self.queue.drain(..).chain(returned) {
+        for job in self.queue.drain(..).chain(self.absent.drain()) {
             let _ = job.done.send(Err(closed()));
         }
         for job in self.outlet.take().into_iter().flat_map(Outlet::abandon) {
@@ -316,7 +304,7 @@ impl Publisher {
 
 impl Job {
     /// The message, and whether its sender waits for nothing but the confirm; `None` if it was withdrawn.
-    fn encode(&mut self) -> Option<(Message, bool)> {
+    fn encode(&self) -> Option<(Message, bool)> {
         match &self.what {
             What::Request(outgoing) => {
                 let remaining = outgoing
@@ -349,6 +337,21 @@ impl Job {
         }
     }
 
+    /// The queue that it waits for if there is none.
+    fn waits_for(&self) -> Option<&ShortString> {
+        match &self.what {
+            What::Request(request) => (!request.expect_responder).then_some(&request.queue),
+            What::Reply { .. } => None,
+        }
+    }
+
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        match &self.what {
+            What::Request(request) => request.deadline,
+            What::Reply { .. } => None,
+        }
+    }
+
     fn is_withdrawn(&self) -> bool {
         match &self.what {
             What::Request(request) => request.ticket.is_withdrawn(),
@@ -356,15 +359,11 @@ impl Job {
         }
     }
 
-    /// True if nobody waits for it any more. Its ticket was committed by an earlier try, so it cannot be withdrawn.
-    fn is_abandoned(&self) -> bool {
-        self.done.is_closed()
-    }
-
-    fn is_over(&self, now: Instant) -> bool {
+    /// True if nobody waits for it any more. If it came back, its ticket is committed, and cannot tell.
+    pub(crate) fn is_abandoned(&self) -> bool {
         match &self.what {
-            What::Request(request) => request.deadline.is_some_and(|deadline| deadline <= now),
-            What::Reply { .. } => false,
+            What::Request(request) if request.came_back => self.done.is_closed(),
+            _ => self.is_withdrawn(),
         }
     }
 }

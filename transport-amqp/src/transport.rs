@@ -80,17 +80,19 @@ impl AmqpTransport {
             state,
             gate,
         ));
+        let prober = Arc::new(Prober::new(consume.clone()));
         let (jobs, job_receiver) = mpsc::unbounded_channel();
         let publisher = Publisher::new(
             publish.clone(),
             gate_receiver,
             job_receiver,
+            Arc::clone(&prober),
             shutdown.tasks_token.clone(),
         );
         shutdown.tasks.spawn(publisher.run());
         Ok(Self {
             runtime: Handle::current(),
-            prober: Arc::new(Prober::new(consume.clone())),
+            prober,
             publish,
             consume,
             members,
@@ -150,7 +152,7 @@ impl AmqpTransport {
                 deadline,
                 expect_responder,
                 ticket,
-                backoff: None,
+                came_back: false,
             })),
             done,
         };

@@ -138,14 +138,12 @@ impl Courier {
             );
             held.handed = true;
             self.handed += 1;
-            let sender = self.deliveries.as_ref();
-            let unsent = match sender.map(|sender| sender.send(delivery)) {
-                Some(Ok(())) => continue,
-                Some(Err(error)) => Some(error.0),
-                None => None,
+            let refused = match &self.deliveries {
+                Some(sender) => sender.send(delivery).err().map(|error| error.0),
+                None => Some(delivery),
             };
             // The subscription was dropped, and says so in a moment.
-            if let Some(delivery) = unsent {
+            if let Some(delivery) = refused {
                 let _ = delivery.release().now_or_never();
             }
         }

@@ -1,0 +1,127 @@
+//! What only RabbitMQ has: plain AMQP peers, queues and who declares them, returned messages, alarms, and connections that
+//! only look dead. The promises that all transports share are in the conformance suite.
+
+mod alone;
+mod bench;
+mod faults;
+mod peers;
+mod queues;
+
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use antiphon_conformance::brokers::{self, Broker, BrokerKind, BrokerOptions};
+use futures_util::future::LocalBoxFuture;
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use tokio::runtime::Runtime;
+
+use bench::Bench;
+
+/// No case takes longer.
+const LIMIT: Duration = Duration::from_secs(60);
+
+type Case = fn(Bench) -> LocalBoxFuture<'static, Verdict>;
+
+/// Names a case after its function.
+macro_rules! cases {
+    ($($module:ident::$case:ident),* $(,)?) => {
+        [$((concat!(stringify!($module), "/", stringify!($case)), (|bench| Box::pin(async { Ended::into($module::$case(bench).await) })) as Case)),*]
+    };
+}
+
+fn main() -> ExitCode {
+    let cases = cases![
+        peers::tutorial_client_gets_its_answer,
+        peers::direct_reply_to_works,
+        peers::tutorial_server_answers_us,
+        peers::a_fault_for_a_plain_peer_is_json,
+        peers::a_request_without_reply_to_is_run,
+        peers::what_is_no_request_is_buried,
+        queues::a_service_queue_is_declared_once_and_used_as_it_is,
+        queues::an_inbox_is_removed_with_its_owner,
+        queues::names_of_other_queues_are_refused,
+        queues::a_deleted_service_queue_comes_back,
+        queues::a_deleted_inbox_is_told_and_comes_back,
+        queues::returned_messages_find_their_callers,
+        queues::a_reply_for_nobody_is_counted,
+        faults::wrong_credentials_are_refused_at_once,
+        faults::an_address_that_does_not_answer_is_given_up,
+        faults::an_owner_takes_its_service_back_from_its_ghost,
+        alone::losing_the_publisher_costs_no_call,
+        alone::blocked_requests_wait_and_are_withdrawn,
+    ];
+    let arguments = Arguments::from_args();
+    let runtime = Runtime::new().expect("a runtime");
+    let broker = match arguments.list {
+        true => Err("listing".to_owned()),
+        false => runtime.block_on(start()),
+    };
+    if let Err(reason) = &broker
+        && brokers::required()
+        && !arguments.list
+    {
+        eprintln!("a broker is required: {reason}");
+        return ExitCode::FAILURE;
+    }
+    let broker = broker.map(Arc::new);
+    let runtime = Arc::new(runtime);
+    let trials = cases.into_iter().map(|(name, case)| {
+        let (broker, runtime) = (broker.clone(), Arc::clone(&runtime));
+        Trial::ignorable_test(name, move || match broker {
+            Ok(broker) => {
+                let case = async {
+                    let _company = match name.starts_with("alone/") {
+                        true => Err(ALONE.write().await),
+                        false => Ok(ALONE.read().await),
+                    };
+                    tokio::time::timeout(LIMIT, case(Bench::new(broker))).await
+                };
+                match runtime.block_on(case) {
+                    Ok(Ok(())) => Ok(Completion::Completed),
+                    Ok(Err(NotRun(reason))) => Ok(Completion::ignored_with(reason)),
+                    Err(_) => Err(Failed::from(format!("it takes longer than {LIMIT:?}"))),
+                }
+            }
+            Err(reason) => Ok(Completion::ignored_with(reason)),
+        })
+    });
+    let trials = trials.collect();
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    // Dropped here, and the broker with it, which process::exit would leave running.
+    drop(broker);
+    conclusion.exit_code()
+}
+
+async fn start() -> Result<Broker, String> {
+    let options = BrokerOptions::new(BrokerKind::RabbitMq);
+    brokers::start(options)
+        .await
+        .map_err(|missing| format!("not run: {missing}"))
+}
+
+/// How a case ended that did not fail.
+type Verdict = Result<(), NotRun>;
+
+/// What a case needs and this broker cannot do.
+struct NotRun(String);
+
+/// Cases that need nothing special return nothing.
+trait Ended {
+    fn into(self) -> Verdict;
+}
+
+impl Ended for () {
+    fn into(self) -> Verdict {
+        Ok(())
+    }
+}
+
+impl Ended for Verdict {
+    fn into(self) -> Verdict {
+        self
+    }
+}
+
+/// What disturbs the whole broker is done by one case, while no other one runs.
+static ALONE: tokio::sync::RwLock<()> = tokio::sync::RwLock::const_new(());

@@ -1,0 +1,208 @@
+//! Queues: who declares them, as what, and what happens when one is gone.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use antiphon_amqp::AmqpTransport;
+use antiphon_amqp::QueueType;
+use antiphon_core::{ErrorKind, Executed, Fault, Server};
+use bytes::Bytes;
+use futures_util::future::join_all;
+use lapin::options::{QueueDeclareOptions, QueueDeleteOptions};
+use lapin::types::{AMQPValue, FieldTable};
+use tokio::time::{Instant, sleep};
+
+use crate::Verdict;
+use crate::bench::{Bench, Plain, close, eventually, fresh};
+
+async fn echo(body: Bytes) -> Result<Bytes, Fault> {
+    Ok(body)
+}
+
+/// True if the queue was declared with these arguments; the broker refuses all others.
+async fn is_declared_as(plain: &Plain, queue: &str, arguments: FieldTable) -> bool {
+    let spare = plain.connection.create_channel().await.unwrap();
+    let options = QueueDeclareOptions::durable();
+    let declared = spare.queue_declare(queue.into(), options, arguments).await;
+    declared.is_ok()
+}
+
+fn of_type(queue_type: &str) -> FieldTable {
+    let mut arguments = FieldTable::default();
+    let value = AMQPValue::LongString(queue_type.into());
+    arguments.insert("x-queue-type".into(), value);
+    arguments
+}
+
+pub(crate) async fn a_service_queue_is_declared_once_and_used_as_it_is(bench: Bench) {
+    let plain = bench.plain().await;
+    let service = fresh("quorum");
+    let server = Server::new(bench.connect().await).handle_raw(service.as_str(), echo);
+    let _server = server.start().await.unwrap();
+    for queue in [service.clone(), format!("{service}.retry")] {
+        assert!(
+            is_declared_as(&plain, &queue, of_type("quorum")).await,
+            "{queue}"
+        );
+    }
+    assert!(plain.look(&format!("{service}.dead")).await.is_none());
+
+    // There already, of another kind, with arguments of its own.
+    let service = fresh("theirs");
+    let mut arguments = of_type("classic");
+    arguments.insert("x-max-length".into(), AMQPValue::LongInt(1000));
+    assert!(is_declared_as(&plain, &service, arguments.clone()).await);
+    let server = Server::new(bench.connect().await).handle_raw(service.as_str(), echo);
+    let _server = server.start().await.unwrap();
+    let client = bench.client().await;
+    client.call_raw(service.as_str(), "").await.unwrap();
+    assert!(is_declared_as(&plain, &service, arguments).await);
+
+    let service = format!("{}@node-1", fresh("node"));
+    let mut config = bench.config();
+    config.queue_type = QueueType::Classic;
+    config.node_queue_expires = Duration::from_millis(700);
+    let transport = Arc::new(AmqpTransport::connect(config).await.unwrap());
+    let server = Server::new(transport.clone()).handle_raw(service.as_str(), echo);
+    let running = server.start().await.unwrap();
+    client.call_raw(service.as_str(), "").await.unwrap();
+    let mut arguments = of_type("classic");
+    arguments.insert("x-expires".into(), AMQPValue::LongLongInt(700));
+    assert!(is_declared_as(&plain, &service, arguments).await);
+    running.shutdown().await.unwrap();
+    // Looking at it counts as using it, so not too often.
+    let mut looks = 0;
+    while plain.look(&service).await.is_some() {
+        looks += 1;
+        assert!(looks < 5, "the queue of a node that is gone expires");
+        sleep(Duration::from_millis(1500)).await;
+    }
+}
+
+pub(crate) async fn an_inbox_is_removed_with_its_owner(bench: Bench) {
+    let transport = bench.connect().await;
+    let client = antiphon_core::Client::open(transport.clone(), Default::default())
+        .await
+        .unwrap();
+    let inbox = client.inbox().as_str().to_owned();
+    let plain = bench.plain().await;
+    let declared = async || is_declared_as(&plain, &inbox, of_type("classic")).await;
+    assert!(!declared().await, "the inbox is its client's own");
+    client.close().await;
+    eventually("the name of the inbox is free", declared).await;
+    close(&*transport).await;
+}
+
+pub(crate) async fn names_of_other_queues_are_refused(bench: Bench) {
+    let client = bench.client().await;
+    for suffix in ["retry", "dead", "owner"] {
+        let service = format!("fib.{suffix}");
+        let error = client.call_raw(service.as_str(), "").await.unwrap_err();
+        assert_eq!(
+            (error.kind(), error.executed()),
+            (ErrorKind::Invalid, Executed::No)
+        );
+        let server = Server::new(bench.connect().await).handle_raw(service.as_str(), echo);
+        assert_eq!(server.start().await.unwrap_err().kind(), ErrorKind::Invalid);
+    }
+}
+
+pub(crate) async fn a_deleted_service_queue_comes_back(bench: Bench) {
+    let service = fresh("deleted");
+    let server = Server::new(bench.connect().await).handle_raw(service.as_str(), echo);
+    let _server = server.start().await.unwrap();
+    let client = bench.client().await;
+    client.call_raw(service.as_str(), "").await.unwrap();
+    let plain = bench.plain().await;
+    for queue in [service.clone(), format!("{service}.retry")] {
+        let options = QueueDeleteOptions::default();
+        plain
+            .channel
+            .queue_delete(queue.as_str().into(), options)
+            .await
+            .unwrap();
+        let deleted = Instant::now();
+        client.call_raw(service.as_str(), "").await.unwrap();
+        let took = deleted.elapsed();
+        assert!(
+            took < Duration::from_secs(1),
+            "{queue}: served again after {took:?}"
+        );
+        eventually("both are there", async || {
+            plain
+                .look(&queue)
+                .await
+                .is_some_and(|queue| queue.consumer_count() == 1)
+        })
+        .await;
+    }
+}
+
+pub(crate) async fn a_deleted_inbox_is_told_and_comes_back(bench: Bench) -> Verdict {
+    let service = fresh("slow");
+    let slow = |body: Bytes| async move {
+        sleep(Duration::from_secs(2)).await;
+        Ok::<_, Fault>(body)
+    };
+    let server = Server::new(bench.connect().await).handle_raw(service.as_str(), slow);
+    let _server = server.start().await.unwrap();
+    let client = bench.client().await;
+    let call = tokio::spawn(client.call_raw(service.as_str(), "").into_future());
+    sleep(Duration::from_millis(300)).await;
+    bench
+        .ctl(&["delete_queue", client.inbox().as_str()])
+        .await?;
+    let error = call.await.unwrap().unwrap_err();
+    assert_eq!(
+        (error.kind(), error.executed()),
+        (ErrorKind::ConnectionLost, Executed::Maybe)
+    );
+    client.call_raw(service.as_str(), "").await.unwrap();
+    Ok(())
+}
+
+pub(crate) async fn returned_messages_find_their_callers(bench: Bench) {
+    let (served, absent) = (fresh("served"), fresh("absent"));
+    let server = Server::new(bench.connect().await).handle_raw(served.as_str(), echo);
+    let _server = server.start().await.unwrap();
+    let client = bench.client().await;
+    let calls = (0..600).map(|n| {
+        let (client, service) = match n % 2 {
+            0 => (client.clone(), served.clone()),
+            // Names that differ, so that each is sent and comes back.
+            _ => (client.clone(), format!("{absent}-{n}")),
+        };
+        async move {
+            let call = client.call_raw(service.as_str(), n.to_string());
+            (n, call.timeout(Duration::from_secs(3)).await)
+        }
+    });
+    for (n, result) in join_all(calls).await {
+        match (n % 2, result) {
+            (0, Ok(reply)) => assert_eq!(&reply.body[..], n.to_string().as_bytes()),
+            (1, Err(error)) => {
+                assert_eq!(error.kind(), ErrorKind::DeadlineExceeded, "{n}: {error}");
+                assert_eq!(error.executed(), Executed::No, "{n}: {error}");
+            }
+            (_, other) => panic!("{n}: {other:?}"),
+        }
+    }
+}
+
+pub(crate) async fn a_reply_for_nobody_is_counted(bench: Bench) {
+    let service = fresh("nobody");
+    let transport = bench.connect().await;
+    let server = Server::new(transport.clone()).handle_raw(service.as_str(), echo);
+    let _server = server.start().await.unwrap();
+    let plain = bench.plain().await;
+    let properties = lapin::BasicProperties::default()
+        .with_reply_to("nobody.here".into())
+        .with_correlation_id("1".into());
+    plain.publish(&service, properties, b"").await;
+    eventually("the reply is given up", async || {
+        transport.undeliverable_replies() == 1
+    })
+    .await;
+    close(&*transport).await;
+    bench.messages(&service, 0).await;
+}

@@ -37,7 +37,10 @@ async fn main() -> Result<(), antiphon::Error> {
                 eprintln!("fib({n}): {error}");
                 failed = true;
             }
-            Err(panic) => eprintln!("a call's task failed: {panic}"),
+            Err(panic) => {
+                eprintln!("a call's task failed: {panic}");
+                failed = true;
+            }
         }
     }
 

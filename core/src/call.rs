@@ -8,7 +8,7 @@ use bytes::Bytes;
 use tokio::time::{Instant, sleep_until, timeout_at};
 
 use crate::client::{Client, ClientSource};
-use crate::config;
+use crate::config::{self, ClientConfig};
 use crate::envelope::{CorrelationId, Deadline, Headers, Outcome, Reply, Request};
 use crate::error::{Error, ErrorKind, Executed};
 use crate::name::{ContentType, Method, ServiceName};
@@ -41,8 +41,7 @@ pub type CallFuture<Out> = Pin<Box<dyn Future<Output = Result<Out, Error>> + Sen
 #[derive(Debug, Default)]
 struct Options {
     timeout: Option<Duration>,
-    /// What is left of a caller's own deadline, for a call from within a handler.
-    inherited: Option<Instant>,
+    deadline: Option<Instant>,
     method: Option<Method>,
     headers: Headers,
     content_type: Option<ContentType>,
@@ -62,6 +61,18 @@ impl<Out> Call<Out> {
         self.with(|options| {
             config::check_timeout(timeout)?;
             options.timeout = Some(timeout);
+            Ok(())
+        })
+    }
+
+    /// When to stop waiting, if that is before the timeout. Default: none, but for calls from within a handler, which
+    /// inherit its own.
+    pub fn deadline(self, deadline: Instant) -> Self {
+        self.with(|options| {
+            let earlier = options
+                .deadline
+                .map_or(deadline, |present| present.min(deadline));
+            options.deadline = Some(earlier);
             Ok(())
         })
     }
@@ -102,13 +113,6 @@ impl<Out> Call<Out> {
         &self.id
     }
 
-    pub(crate) fn inherit(self, deadline: Instant) -> Self {
-        self.with(|options| {
-            options.inherited = Some(deadline);
-            Ok(())
-        })
-    }
-
     fn new(
         source: ClientSource,
         service: Result<ServiceName, Error>,
@@ -142,20 +146,26 @@ impl<Out> Call<Out> {
     async fn run(self) -> Result<Out, Error> {
         let started = Instant::now();
         let (service, body, options) = (self.service?, self.body?, self.options?);
-        let deadline = match (options.timeout, options.inherited) {
-            (Some(timeout), Some(inherited)) => inherited.min(started + timeout),
-            (None, Some(inherited)) => inherited,
-            (Some(timeout), None) => started + timeout,
-            (None, None) => match &self.source {
-                ClientSource::Open(client) => started + client.config().timeout,
-                ClientSource::Lazy(_) => started + config::ClientConfig::default().timeout,
-            },
+        let timeout = match &self.source {
+            _ if options.timeout.is_some() => options.timeout,
+            ClientSource::Open(client) => Some(client.config().timeout),
+            // A handler's own deadline is enough.
+            ClientSource::Lazy(_) => options
+                .deadline
+                .is_none()
+                .then_some(ClientConfig::default().timeout),
         };
+        let timeout = timeout.map(|timeout| started + timeout);
+        let deadline = timeout
+            .into_iter()
+            .chain(options.deadline)
+            .min()
+            .unwrap_or(started);
         let Ok(client) = timeout_at(deadline, self.source.client()).await else {
             return Err(deadline_exceeded(started, Executed::No));
         };
         let client = client?;
-        config::check_body(&body, client.config().max_body)?;
+        config::check_size(body.len(), client.config().max_body)?;
         let exchange = Exchange {
             client,
             id: self.id,
@@ -280,7 +290,8 @@ impl Exchange<'_> {
                     Outcome::Value => Ok(reply),
                     Outcome::Fault { fault, executed } => Err(Error::from_fault(fault, executed)),
                 },
-                Try::Ended(Ended::Bad(error)) | Try::SendFailed(error) => Err(error),
+                Try::Ended(Ended::Bad(error)) => Err(error),
+                Try::SendFailed(error) => Err(self.send_failed(error, &ticket)),
                 Try::TimedOut => Err(deadline_exceeded(self.started, ticket.executed())),
                 Try::Ended(Ended::Closed(error)) => Err(error.with_executed(ticket.executed())),
                 // The inbox was lost before this request went out: nobody has seen it, so it goes out
@@ -313,14 +324,26 @@ impl Exchange<'_> {
     }
 
     async fn notify(self) -> Result<(), Error> {
+        self.client.pending().check_open()?;
         let ticket = WithdrawOnDrop(Ticket::new());
+        if self.deadline <= Instant::now() {
+            return Err(deadline_exceeded(self.started, Executed::No));
+        }
         let send = self
             .client
             .transport()
             .send(self.outbound(self.request(), &ticket.0));
         match timeout_at(self.deadline, send).await {
-            Ok(sent) => sent,
+            Ok(sent) => sent.map_err(|error| self.send_failed(error, &ticket)),
             Err(_) => Err(deadline_exceeded(self.started, ticket.executed())),
+        }
+    }
+
+    /// A transport that closes need not know of each request whether it went out; the ticket does.
+    fn send_failed(&self, error: Error, ticket: &WithdrawOnDrop) -> Error {
+        match error.kind() {
+            ErrorKind::Closed => error.with_executed(ticket.executed()),
+            _ => error,
         }
     }
 

@@ -10,7 +10,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::call::{Call, Notify};
 use crate::config::{self, ClientConfig};
-use crate::envelope::Reply;
+use crate::envelope::{Outcome, Reply};
 use crate::error::{Error, ErrorKind, Executed};
 use crate::name::{ReplyAddress, ServiceName};
 use crate::pending::{ClientStats, Ended, Pending};
@@ -44,13 +44,13 @@ impl Client {
         let inbox = config::bounded("open an inbox", transport.open_inbox()).await?;
         let pending = Pending::new(inbox.address(), config.max_pending);
         let ended = CancellationToken::new();
-        let dispatch = dispatch(
+        let dispatcher = Dispatcher {
             inbox,
-            Arc::clone(&pending),
-            config.max_body,
-            ended.clone().drop_guard(),
-        );
-        let dispatcher = tokio::spawn(dispatch).abort_handle();
+            pending: Arc::clone(&pending),
+            max_body: config.max_body,
+            _ended: ended.clone().drop_guard(),
+        };
+        let dispatcher = tokio::spawn(dispatcher.run()).abort_handle();
         Ok(Self {
             inner: Arc::new(Inner {
                 transport,
@@ -163,39 +163,66 @@ impl Drop for Inner {
 }
 
 /// Hands replies to calls until the inbox is over. It runs no code of the user's, so no caller can hold up another.
-async fn dispatch(inbox: Box<dyn Inbox>, pending: Arc<Pending>, max_body: usize, ended: DropGuard) {
-    // Declared after the guard's owner, so dropped before it: who waits for the end finds no inbox.
-    let (_ended, mut inbox) = (ended, inbox);
-    loop {
-        match inbox.recv().await {
-            InboxEvent::Replies(replies) => {
-                for incoming in replies {
-                    deliver(&pending, incoming, max_body);
+struct Dispatcher {
+    // Dropped in this order: who waits for the end finds no inbox.
+    inbox: Box<dyn Inbox>,
+    pending: Arc<Pending>,
+    max_body: usize,
+    _ended: DropGuard,
+}
+
+impl Dispatcher {
+    async fn run(mut self) {
+        loop {
+            match self.inbox.recv().await {
+                InboxEvent::Replies(replies) => {
+                    for incoming in replies {
+                        self.deliver(incoming);
+                    }
                 }
+                InboxEvent::Lost(error) => {
+                    tracing::warn!(%error, "the inbox was lost; what waited for a reply ends");
+                    self.pending.inbox_lost(&error, self.inbox.address());
+                }
+                InboxEvent::Closed(error) => return self.pending.close(&error),
             }
-            InboxEvent::Lost(error) => {
-                tracing::warn!(%error, "the inbox was lost; what waited for a reply ends");
-                pending.inbox_lost(&error, inbox.address());
+        }
+    }
+
+    fn deliver(&self, incoming: Incoming) {
+        match incoming {
+            Incoming::Reply(reply) => {
+                let size = match &reply.outcome {
+                    Outcome::Value => reply.body.len(),
+                    Outcome::Fault { fault, .. } => fault.details_size(),
+                };
+                let id = reply.id.clone();
+                let ended = match config::check_size(size, self.max_body) {
+                    Ok(()) => Ended::Reply(reply),
+                    Err(error) => Ended::Bad(bad_reply(error.message())),
+                };
+                self.pending.resolve(&id, ended);
             }
-            InboxEvent::Closed(error) => return pending.close(&error),
+            Incoming::Undecodable {
+                id: Some(id),
+                reason,
+            } => {
+                // It may have been a refusal.
+                let error = bad_reply(&reason).with_executed(Executed::Maybe);
+                self.pending.resolve(&id, Ended::Bad(error));
+            }
+            Incoming::Undecodable { id: None, reason } => {
+                tracing::warn!(reason, "a reply that cannot be decoded was discarded");
+                self.pending.count_unknown();
+            }
         }
     }
 }
 
-fn deliver(pending: &Pending, incoming: Incoming, max_body: usize) {
-    match incoming {
-        Incoming::Reply(reply) => match config::check_body(&reply.body, max_body) {
-            Ok(()) => pending.resolve(&reply.id.clone(), Ended::Reply(reply)),
-            Err(error) => pending.resolve(&reply.id, Ended::Bad(bad_reply(error.message()))),
-        },
-        Incoming::Undecodable {
-            id: Some(id),
-            reason,
-        } => pending.resolve(&id, Ended::Bad(bad_reply(&reason))),
-        Incoming::Undecodable { id: None, reason } => {
-            tracing::warn!(reason, "a reply that cannot be decoded was discarded");
-            pending.count_unknown();
-        }
+impl Drop for Dispatcher {
+    fn drop(&mut self) {
+        // Such as with the runtime that it was opened on. Without it nobody would be told.
+        self.pending.close(&closed());
     }
 }
 
@@ -204,7 +231,7 @@ pub(crate) fn bad_reply(reason: &str) -> Error {
 }
 
 fn closed() -> Error {
-    Error::not_executed(ErrorKind::Closed, "the client was closed")
+    Error::not_executed(ErrorKind::Closed, "the client is closed")
 }
 
 /// What may be given as a service: a [`ServiceName`], or text that is parsed when the call is first polled.

@@ -95,12 +95,9 @@ pub(crate) fn check_timeout(timeout: Duration) -> Result<(), Error> {
     Ok(())
 }
 
-pub(crate) fn check_body(body: &[u8], max_body: usize) -> Result<(), Error> {
-    if body.len() > max_body {
-        let message = format!(
-            "a body of {} bytes is over the limit of {max_body}",
-            body.len()
-        );
+pub(crate) fn check_size(size: usize, max_body: usize) -> Result<(), Error> {
+    if size > max_body {
+        let message = format!("a body of {} bytes is over the limit of {max_body}", size);
         return Err(Error::not_executed(ErrorKind::TooLarge, message));
     }
     Ok(())

@@ -47,9 +47,9 @@ impl Context {
             .saturating_duration_since(Instant::now())
     }
 
-    /// Fires when the deadline has passed, when another server may have the request (lost lease), and when the server
-    /// stops waiting for its handlers. The handler has one second (see [`Server::grace`](crate::Server::grace)) to end
-    /// by itself before it is dropped.
+    /// Fires when the deadline has passed, and when another server may have the request (lost lease): the handler then has
+    /// one second (see [`Server::grace`](crate::Server::grace)) to end by itself before it is dropped. It also fires when the
+    /// server stops waiting for its handlers at the end of its drain timeout, or is dropped; they are then dropped at once.
     #[must_use]
     pub fn cancellation(&self) -> CancellationToken {
         self.inner.cancellation.clone()
@@ -101,13 +101,13 @@ impl Context {
     where
         Out: serde::de::DeserializeOwned,
     {
-        Call::json(self.source(), service.into_service_name(), input).inherit(self.deadline())
+        Call::json(self.source(), service.into_service_name(), input).deadline(self.deadline())
     }
 
     /// Calls another service, as [`Client::call_raw`](crate::Client::call_raw), within what is left of this request's
     /// deadline.
     pub fn call_raw(&self, service: impl IntoServiceName, body: impl Into<Bytes>) -> Call<Reply> {
-        Call::raw(self.source(), service.into_service_name(), body.into()).inherit(self.deadline())
+        Call::raw(self.source(), service.into_service_name(), body.into()).deadline(self.deadline())
     }
 
     /// Notifies another service, as [`Client::notify`](crate::Client::notify), within what is left of this request's
@@ -119,14 +119,14 @@ impl Context {
         input: &(impl serde::Serialize + ?Sized),
     ) -> Notify {
         Notify::one_way_json(self.source(), service.into_service_name(), input)
-            .inherit(self.deadline())
+            .deadline(self.deadline())
     }
 
     /// Notifies another service, as [`Client::notify_raw`](crate::Client::notify_raw), within what is left of this
     /// request's deadline.
     pub fn notify_raw(&self, service: impl IntoServiceName, body: impl Into<Bytes>) -> Notify {
         Notify::one_way_raw(self.source(), service.into_service_name(), body.into())
-            .inherit(self.deadline())
+            .deadline(self.deadline())
     }
 
     fn source(&self) -> ClientSource {

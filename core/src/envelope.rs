@@ -149,18 +149,15 @@ impl Headers {
                 "text without control characters",
             ));
         }
-        self.0.retain(|(other, _)| &**other != name);
-        let bytes: usize = self
-            .0
-            .iter()
-            .map(|(name, value)| name.len() + value.len())
-            .sum();
-        if self.0.len() == HEADERS_MAX || bytes + name.len() + value.len() > HEADERS_BYTES_MAX {
+        let others = || self.0.iter().filter(|(other, _)| &**other != name);
+        let bytes: usize = others().map(|(name, value)| name.len() + value.len()).sum();
+        if others().count() == HEADERS_MAX || bytes + name.len() + value.len() > HEADERS_BYTES_MAX {
             return Err(Error::not_executed(
                 ErrorKind::Invalid,
                 "more than 64 headers or 8 KiB of them",
             ));
         }
+        self.0.retain(|(other, _)| &**other != name);
         self.0.push((name.into(), value.into()));
         Ok(())
     }

@@ -50,7 +50,7 @@ impl fmt::Display for Executed {
 pub enum ErrorKind {
     /// An exclusive subscriber owns the service, or shared ones serve it while an exclusive one asks.
     AlreadyOwned,
-    /// A reply came that cannot be decoded or is over the size limit. The handler was executed.
+    /// A reply came that cannot be decoded or is over the size limit.
     BadReply,
     /// The broker refused or answered something that no retry will mend: a queue of another kind, a missing right.
     Broker,
@@ -217,8 +217,8 @@ impl Error {
         &self.0.message
     }
 
-    /// True if the same request may be sent again without being executed twice, and sending it again may help:
-    /// the remote error says that it is worth a retry, or it was never executed for a reason that passes.
+    /// True if sending the same request again may help: a remote error says so (its handler may then be executed a
+    /// second time), or it was never executed, for a reason that passes.
     #[must_use]
     pub fn is_retryable(&self) -> bool {
         match self.kind() {

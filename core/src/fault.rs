@@ -4,6 +4,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::error::{Error, ErrorKind};
+
 /// The longest fault message on the wire, in bytes; longer ones are cut.
 const MESSAGE_MAX: usize = 4096;
 
@@ -150,6 +152,18 @@ impl Fault {
         self.retryable
     }
 
+    /// The bytes that the details take, as JSON.
+    pub(crate) fn details_size(&self) -> usize {
+        self.details
+            .as_ref()
+            .map_or(0, |details| details.to_string().len())
+    }
+
+    pub(crate) fn without_details(mut self) -> Self {
+        self.details = None;
+        self
+    }
+
     /// The fault as the body of a reply.
     #[must_use]
     pub fn to_body(&self) -> bytes::Bytes {
@@ -182,6 +196,31 @@ impl fmt::Display for Fault {
 }
 
 impl std::error::Error for Fault {}
+
+/// For `?` on a call within a handler: a remote fault goes on to the caller as it is, and what else went wrong becomes
+/// `deadline_exceeded`, `cancelled`, `unavailable` (worth a retry if nothing was executed) or `internal`.
+impl From<Error> for Fault {
+    fn from(error: Error) -> Self {
+        if let Some(fault) = error.fault() {
+            return fault.clone();
+        }
+        let code = match error.kind() {
+            ErrorKind::DeadlineExceeded => Code::DeadlineExceeded,
+            ErrorKind::Cancelled | ErrorKind::Closed => Code::Cancelled,
+            ErrorKind::Connect
+            | ErrorKind::ConnectionLost
+            | ErrorKind::NoResponder
+            | ErrorKind::Overloaded => Code::Unavailable,
+            _ => Code::Internal,
+        };
+        let fault = Self::new(code, error.to_string());
+        if error.is_retryable() {
+            fault.retryable()
+        } else {
+            fault
+        }
+    }
+}
 
 #[allow(
     clippy::trivially_copy_pass_by_ref,

@@ -8,7 +8,7 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use crate::envelope::{CorrelationId, Reply};
-use crate::error::{Error, ErrorKind};
+use crate::error::{Error, ErrorKind, Executed};
 use crate::name::ReplyAddress;
 
 /// How many ended calls are remembered, to tell a duplicate or late reply from an unknown one.
@@ -108,9 +108,15 @@ impl Pending {
         ))
     }
 
+    /// Fails if the table is closed.
+    pub(crate) fn check_open(&self) -> Result<(), Error> {
+        self.lock().closed.clone().map_or(Ok(()), Err)
+    }
+
     /// Hands what arrived to the call that waits for it, or discards and counts it.
     pub(crate) fn resolve(&self, id: &CorrelationId, ended: Ended) {
         let mut table = self.lock();
+        table.forget_old(Instant::now());
         let waiting = match id
             .as_u128()
             .and_then(|id| table.calls.get_mut(&id).map(|call| (id, call)))
@@ -154,7 +160,10 @@ impl Pending {
     /// Ends all that waits, and lets no more calls in.
     pub(crate) fn close(&self, error: &Error) {
         let mut table = self.lock();
-        table.closed.get_or_insert_with(|| error.clone());
+        // Whoever comes later was not executed, whatever is true of those who wait.
+        table
+            .closed
+            .get_or_insert_with(|| error.clone().with_executed(Executed::No));
         let waiting = table.abandon_all();
         drop(table);
         for sender in waiting {
@@ -182,6 +191,10 @@ impl Table {
         self.stats.pending -= 1;
         let now = Instant::now();
         self.ended.push_back((id, now));
+        self.forget_old(now);
+    }
+
+    fn forget_old(&mut self, now: Instant) {
         while let Some(&(oldest, ended)) = self.ended.front()
             && (self.ended.len() > ENDED_MAX || now.duration_since(ended) > ENDED_AGE)
         {

@@ -30,6 +30,9 @@ pub struct Server {
     services: Result<BTreeMap<ServiceName, Handlers>, Error>,
 }
 
+/// How long what was told to end at once may take.
+const DROP_TIMEOUT: Duration = Duration::from_secs(1);
+
 type Handlers = BTreeMap<Option<Method>, Arc<dyn AnyHandler>>;
 
 impl Server {
@@ -130,16 +133,16 @@ impl Server {
         self
     }
 
-    /// The time that a request may take whose caller, a plain peer of the broker, set no deadline. Default: 30 s.
+    /// The time that a request may take whose caller, a plain peer of the broker, set no deadline. Default: 30 s; at most 30 days.
     pub fn default_timeout(mut self, timeout: Duration) -> Self {
-        self.config.default_timeout = timeout;
+        self.config.default_timeout = timeout.min(config::TIMEOUT_MAX);
         self
     }
 
     /// The time that a handler has to end by itself once its cancellation has fired, before it is dropped and its
-    /// request settled as `deadline_exceeded`. Default: 1 s.
+    /// request settled as `deadline_exceeded`. Default: 1 s; at most 30 days.
     pub fn grace(mut self, grace: Duration) -> Self {
-        self.config.grace = grace;
+        self.config.grace = grace.min(config::TIMEOUT_MAX);
         self
     }
 
@@ -169,14 +172,15 @@ impl Server {
             true => SubscribeOptions::exclusive(self.config.prefetch),
             false => SubscribeOptions::shared(self.config.prefetch),
         };
-        let mut subscriptions = Vec::with_capacity(services.len());
-        for (name, handlers) in services {
-            subscriptions.push((
-                config::bounded("subscribe", self.transport.subscribe(&name, options)).await?,
-                name,
-                handlers,
-            ));
-        }
+        let subscribe = async {
+            let mut subscriptions = Vec::with_capacity(services.len());
+            for (name, handlers) in services {
+                let subscription = self.transport.subscribe(&name, options).await?;
+                subscriptions.push((subscription, name, handlers));
+            }
+            Ok(subscriptions)
+        };
+        let subscriptions = config::bounded("subscribe", subscribe).await?;
 
         let (stop, kill) = (CancellationToken::new(), CancellationToken::new());
         let counters = Arc::new(Counters::default());
@@ -318,15 +322,21 @@ impl RunningServer {
     /// another server.
     pub async fn shutdown(mut self) -> Result<(), Error> {
         self.stop.disarm().cancel();
-        while self.loops.join_next().await.is_some() {}
-        self.handlers.close();
-        let drained = tokio::time::timeout(self.drain_timeout, self.handlers.wait()).await;
+        let drain = async {
+            while self.loops.join_next().await.is_some() {}
+            self.handlers.close();
+            self.handlers.wait().await;
+        };
+        let drained = tokio::time::timeout(self.drain_timeout, drain).await;
         if drained.is_err() {
             drop(self.kill);
-            self.handlers.wait().await;
+            self.loops.abort_all();
+            self.handlers.close();
+            // Those that block their thread cannot be dropped; nobody waits for them.
+            let _ = tokio::time::timeout(DROP_TIMEOUT, self.handlers.wait()).await;
         }
-        self.client.close().await;
-        drained.map_err(|_| {
+        let closed = tokio::time::timeout(DROP_TIMEOUT, self.client.close()).await;
+        drained.and(closed).map_err(|_| {
             let message = format!(
                 "handlers still ran {:?} after the shutdown began",
                 self.drain_timeout

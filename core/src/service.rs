@@ -103,99 +103,133 @@ impl Service {
             delivery.request.id.clone(),
             delivery.request.reply_to.is_some(),
         );
-        let settled = if delivery.attempt > self.config.max_deliveries {
+        if delivery.attempt > self.config.max_deliveries {
             count(&self.counters.dead_lettered);
             let reason = format!("delivered {} times and never settled", delivery.attempt - 1);
             let fault = Fault::new(Code::Aborted, &reason);
             let reply = wants_reply.then(|| Reply::fault(id, fault, Executed::Maybe));
-            delivery.dead_letter(reason, reply).await
-        } else {
-            let Some(outcome) = self.outcome(&delivery).await else {
-                return; // Dropped unsettled: the server is being killed, and the request goes to another one.
-            };
-            let reply = self.reply(id, outcome);
-            delivery.reply(wants_reply.then_some(reply)).await
+            return self.settle(delivery.dead_letter(reason, reply)).await;
+        }
+        let Some(outcome) = self.outcome(&delivery).await else {
+            return; // Dropped unsettled: the server is being killed, and the request goes to another one.
         };
-        if let Err(error) = settled {
-            self.settling_failed(&error);
+        if wants_reply {
+            let reply = self.reply(id, outcome);
+            return self.settle(delivery.reply(Some(reply))).await;
+        }
+        match outcome {
+            // Nobody would hear of the refusal, and an accepted request is never silently gone.
+            Err(Failed { fault, executed })
+                if executed != Executed::Yes && fault.code() != Code::DeadlineExceeded =>
+            {
+                count(&self.counters.dead_lettered);
+                self.settle(delivery.dead_letter(fault.to_string(), None))
+                    .await;
+            }
+            outcome => {
+                if let Err(Failed { fault, .. }) = outcome {
+                    tracing::warn!(service = %self.name, %fault, "a one-way request failed");
+                }
+                self.settle(delivery.reply(None)).await;
+            }
         }
     }
 
-    /// The handler's answer, or why there is none; `None` if the server is killed meanwhile.
-    async fn outcome(&self, delivery: &Delivery) -> Option<Result<Response, (Fault, Executed)>> {
-        // What is refused without a handler was not executed, if nobody else had it before.
-        let refused = match delivery.attempt {
-            1 => Executed::No,
-            _ => Executed::Maybe,
+    /// Waits for a settlement, unless the server is killed meanwhile: once polled, it happens.
+    async fn settle(&self, settling: impl Future<Output = Result<(), Error>>) {
+        let settled = tokio::select! {
+            biased;
+            settled = settling => settled,
+            () = self.kill.cancelled() => return,
         };
-        let request = &delivery.request;
+        if let Err(error) = settled {
+            match error.kind() {
+                ErrorKind::LostLease => count(&self.counters.lost_leases),
+                _ => count(&self.counters.unsettled),
+            }
+            tracing::warn!(service = %self.name, %error, "a request was not settled");
+        }
+    }
+
+    /// The handler's answer, or why there is none; `None` if the request is no longer ours to start or to settle.
+    async fn outcome(&self, delivery: &Delivery) -> Option<Result<Response, Failed>> {
         let now = Instant::now();
         let deadline = delivery
             .expires
             .unwrap_or_else(|| now + self.config.default_timeout);
-        if deadline <= now {
-            count(&self.counters.expired);
-            return Some(Err((
-                Fault::new(
-                    Code::DeadlineExceeded,
-                    "the request had expired in the queue",
-                ),
-                refused,
-            )));
+        let handler = match self.admit(delivery, deadline <= now) {
+            Ok(handler) => handler,
+            Err(fault) => return Some(Err(Failed::refused(fault, delivery.attempt))),
+        };
+        // This task may come to run long after the delivery was taken.
+        if self.kill.is_cancelled() || delivery.lease.is_cancelled() {
+            return None;
         }
-        if config::check_body(&request.body, self.config.max_body).is_err() {
+        let cancellation = CancellationToken::new();
+        let context = self.context(delivery, deadline, &cancellation);
+        let running =
+            AssertUnwindSafe(handler.handle(delivery.request.body.clone(), context)).catch_unwind();
+        let ended = match self
+            .supervise(running, deadline, &delivery.lease, &cancellation)
+            .await
+        {
+            Supervised::Ended(Ok(Err(Failure::Undecodable(reason)))) => {
+                let fault = Fault::new(Code::InvalidArgument, reason);
+                return Some(Err(Failed::refused(fault, delivery.attempt)));
+            }
+            Supervised::Ended(Ok(Ok(response))) => Ok(response),
+            Supervised::Ended(Ok(Err(Failure::Fault(fault)))) => Err(fault),
+            Supervised::Ended(Err(panic)) => {
+                let message = panic_message(&*panic);
+                tracing::error!(service = %self.name, message, "a handler panicked");
+                Err(Fault::new(
+                    Code::Internal,
+                    format!("the handler panicked: {message}"),
+                ))
+            }
+            Supervised::Overdue => {
+                tracing::warn!(service = %self.name, "a handler did not end after its cancellation and was dropped");
+                Err(Fault::new(
+                    Code::DeadlineExceeded,
+                    "the handler did not end by the deadline",
+                ))
+            }
+            Supervised::Killed => return None,
+        };
+        count(&self.counters.handled);
+        Some(ended.map_err(|fault| Failed {
+            fault,
+            executed: Executed::Yes,
+        }))
+    }
+
+    /// The handler that may start on a request, or why none may.
+    fn admit(&self, delivery: &Delivery, expired: bool) -> Result<&dyn AnyHandler, Fault> {
+        let request = &delivery.request;
+        if expired {
+            count(&self.counters.expired);
+            return Err(Fault::new(
+                Code::DeadlineExceeded,
+                "the request had expired in the queue",
+            ));
+        }
+        if config::check_size(request.body.len(), self.config.max_body).is_err() {
             let message = format!(
                 "a body of {} bytes is over the server's limit",
                 request.body.len()
             );
-            return Some(Err((Fault::new(Code::ResourceExhausted, message), refused)));
+            return Err(Fault::new(Code::ResourceExhausted, message));
         }
-        let Some(handler) = self.handlers.get(&request.method) else {
-            let message = match &request.method {
-                Some(method) => format!("{} has no method {method}", self.name),
-                None => format!("{} wants a method", self.name),
-            };
-            return Some(Err((Fault::new(Code::Unimplemented, message), refused)));
-        };
-        let cancellation = CancellationToken::new();
-        let context = self.context(delivery, deadline, &cancellation);
-        let running =
-            AssertUnwindSafe(handler.handle(request.body.clone(), context)).catch_unwind();
-        match self
-            .supervise(running, deadline, &delivery.lease, &cancellation)
-            .await
-        {
-            Supervised::Ended(Ok(Ok(response))) => {
-                count(&self.counters.handled);
-                Some(Ok(response))
-            }
-            Supervised::Ended(Ok(Err(Failure::Undecodable(reason)))) => {
-                Some(Err((Fault::new(Code::InvalidArgument, reason), refused)))
-            }
-            Supervised::Ended(Ok(Err(Failure::Fault(fault)))) => {
-                count(&self.counters.handled);
-                Some(Err((fault, Executed::Yes)))
-            }
-            Supervised::Ended(Err(panic)) => {
-                count(&self.counters.handled);
-                let message = panic_message(&*panic);
-                tracing::error!(service = %self.name, message, "a handler panicked");
-                Some(Err((
-                    Fault::new(Code::Internal, format!("the handler panicked: {message}")),
-                    Executed::Yes,
-                )))
-            }
-            Supervised::Overdue => {
-                count(&self.counters.handled);
-                tracing::warn!(service = %self.name, "a handler did not end after its cancellation and was dropped");
-                let fault = Fault::new(
-                    Code::DeadlineExceeded,
-                    "the handler did not end by the deadline",
-                );
-                Some(Err((fault, Executed::Yes)))
-            }
-            Supervised::Killed => None,
-        }
+        self.handlers
+            .get(&request.method)
+            .map(|handler| &**handler)
+            .ok_or_else(|| {
+                let message = match &request.method {
+                    Some(method) => format!("{} has no method {method}", self.name),
+                    None => format!("{} wants a method", self.name),
+                };
+                Fault::new(Code::Unimplemented, message)
+            })
     }
 
     /// Runs a handler, firing its cancellation at the deadline or when its lease is lost. A handler that is ready at
@@ -250,40 +284,55 @@ impl Service {
         }
     }
 
-    fn reply(&self, id: CorrelationId, outcome: Result<Response, (Fault, Executed)>) -> Reply {
-        let failed = |fault, executed| {
-            count(&self.counters.faults);
-            Reply::fault(id.clone(), fault, executed)
-        };
-        match outcome {
-            Ok(response) if response.body.len() > self.config.max_body => {
-                let message = format!(
-                    "a reply of {} bytes is over the server's limit",
-                    response.body.len()
-                );
-                failed(Fault::new(Code::ResourceExhausted, message), Executed::Yes)
-            }
+    fn reply(&self, id: CorrelationId, outcome: Result<Response, Failed>) -> Reply {
+        let Failed { fault, executed } = match outcome {
             Ok(Response {
                 body,
                 content_type,
                 headers,
-            }) => Reply {
-                id,
-                outcome: Outcome::Value,
-                headers,
-                content_type,
-                body,
-            },
-            Err((fault, executed)) => failed(fault, executed),
-        }
+            }) if body.len() <= self.config.max_body => {
+                return Reply {
+                    id,
+                    outcome: Outcome::Value,
+                    headers,
+                    content_type,
+                    body,
+                };
+            }
+            Ok(Response { body, .. }) => {
+                let message = format!("a reply of {} bytes is over the server's limit", body.len());
+                Failed {
+                    fault: Fault::new(Code::ResourceExhausted, message),
+                    executed: Executed::Yes,
+                }
+            }
+            Err(Failed { fault, executed }) if fault.details_size() > self.config.max_body => {
+                Failed {
+                    fault: fault.without_details(),
+                    executed,
+                }
+            }
+            Err(failed) => failed,
+        };
+        count(&self.counters.faults);
+        Reply::fault(id, fault, executed)
     }
+}
 
-    fn settling_failed(&self, error: &Error) {
-        match error.kind() {
-            ErrorKind::LostLease => count(&self.counters.lost_leases),
-            _ => count(&self.counters.unsettled),
-        }
-        tracing::warn!(service = %self.name, %error, "a request was not settled");
+/// Why there is no answer.
+struct Failed {
+    fault: Fault,
+    executed: Executed,
+}
+
+impl Failed {
+    /// What is refused without a handler was not executed, if no other server had it before.
+    fn refused(fault: Fault, attempt: u32) -> Self {
+        let executed = match attempt {
+            1 => Executed::No,
+            _ => Executed::Maybe,
+        };
+        Self { fault, executed }
     }
 }
 

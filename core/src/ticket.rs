@@ -23,7 +23,7 @@ impl Ticket {
     }
 
     /// For the transport: true if the request may be sent now, and counts as sent from now on. True again if it was
-    /// committed before, as when a batch is tried again.
+    /// committed before: whoever tries a second time must first see whether anybody still waits for it.
     #[must_use]
     pub fn commit(&self) -> bool {
         self.decide(COMMITTED) != WITHDRAWN

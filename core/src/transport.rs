@@ -1,4 +1,4 @@
-//! The contract between core and a broker: five operations that move messages and know nothing of calls.
+//! The contract between core and a broker: six operations that move messages and know nothing of calls.
 //!
 //! Correlation, deadlines, duplicates, faults and typed bodies live above it, once. Every promise below names
 //! the conformance cases that check it; `docs/writing-a-transport.md` is the guided tour.
@@ -32,12 +32,15 @@ pub trait Transport: Debug + Send + Sync + 'static {
 
     /// Sends a request to whoever serves a service, or a reply to an inbox.
     ///
-    /// **Resolves when** the broker has accepted it. While disconnected or blocked it waits for the connection.
+    /// **Resolves when** the broker has accepted it. While disconnected or blocked it waits for the connection; the time
+    /// that a request waits here comes off the budget that it travels with, and one that has none left is not sent.
+    /// A reply to an inbox that is gone is accepted and dropped.
     /// **Concurrency**: any number at once; what is pending is moved in batches, never waiting for a batch to fill.
     /// **Cancel safety**: dropping the future does not unsend, and leaks nothing. A request is withdrawn by its
     /// [`Ticket`], which the transport commits right before the first byte may leave.
     /// **After close**: `Closed`.
-    /// **Errors**: `NoResponder` if it was asked for and nobody serves; `ConnectionLost` if it was written and not
+    /// **Errors**: `Invalid` for a reply address that neither this transport nor a plain peer of its broker could have made;
+    /// `NoResponder` if it was asked for and nobody serves; `ConnectionLost` if it was written and not
     /// accepted; `Overloaded` if the broker has no room. Executed is `No` only if that is certain.
     /// *Checked by* `round_trip/*`, `no_responder/*`, `reconnect/blocked_requests_are_not_sent_late`.
     async fn send(&self, message: Outbound) -> Result<(), Error>;
@@ -45,14 +48,16 @@ pub trait Transport: Debug + Send + Sync + 'static {
     /// Opens a private reply address.
     ///
     /// **Resolves when** it is live: a reply sent to its address from now on arrives.
-    /// **After close**: `Closed`. **Dropping** the inbox removes it from the broker.
+    /// **After close**: `Closed`. **Cancel safety**: dropping the future leaves nothing on the broker.
+    /// **Dropping** the inbox removes it from the broker.
     /// *Checked by* `correlation/*`, `leaks/*`.
     async fn open_inbox(&self) -> Result<Box<dyn Inbox>, Error>;
 
     /// Subscribes to a service's requests.
     ///
     /// **Resolves when** it is live: a request sent from now on may be delivered to it.
-    /// **Errors**: `AlreadyOwned` within 1 s, if it or the present owner asks for exclusivity; `Broker` if the service's
+    /// **Cancel safety**: dropping the future leaves nothing, ownership least of all.
+    /// **Errors**: `Unsupported` for a mode that it does not know; `AlreadyOwned` within 1 s, if it or the present owner asks for exclusivity; `Broker` if the service's
     /// queue is of another kind than this transport can use; `Closed` after close.
     /// *Checked by* `competing/*`, `exclusive/*`.
     async fn subscribe(
@@ -158,8 +163,9 @@ pub trait Inbox: Debug + Send {
 pub enum InboxEvent {
     /// Replies, in the order of arrival.
     Replies(Vec<Incoming>),
-    /// Replies to requests that were sent before now may never come. The inbox is live again, at the address that
-    /// [`Inbox::address`] now gives. An inbox that was restored with all that arrived meanwhile says nothing.
+    /// Replies to requests that were sent before now may never come; told as soon as it is known, so that nobody waits for
+    /// them. Later requests carry the address that [`Inbox::address`] now gives, and wait in `send` until it is live.
+    /// An inbox that was restored with all that arrived meanwhile says nothing.
     Lost(Error),
     /// It is over.
     Closed(Error),
@@ -227,7 +233,9 @@ pub trait Subscription: Debug + Send {
     /// Waits for the next deliveries, and takes all that are there; never more than `prefetch` are unsettled.
     ///
     /// A message that cannot be decoded is dead-lettered by the transport, with a fault reply if its reply address is
-    /// a valid one, and costs its neighbours nothing.
+    /// a valid one (`invalid_argument`; executed `No` on the first attempt, else `Maybe`), and costs its neighbours nothing.
+    /// A request whose server died is kept apart from fresh ones and delivered alone, to a subscription that holds nothing
+    /// else, as far as the broker allows: a request that kills its servers must not cost its neighbours their attempts.
     /// **Cancel safety**: a delivery is not lost by dropping the future.
     /// **Ends** with [`SubscriptionEvent::Closed`], for ever, after [`stop`](Self::stop), after close, and when an
     /// exclusive subscription lost its ownership.

@@ -50,16 +50,16 @@ impl MemoryBroker {
         MemoryTransport::new(Arc::clone(&self.0))
     }
 
-    /// What the broker holds now. What is over, such as requests that expired long ago, is forgotten first.
+    /// What the broker holds now. Looking forgets nothing.
     #[must_use]
     pub fn stats(&self) -> Stats {
         let hub = self.hub();
-        hub.sweep();
         Stats {
             services: hub
                 .queues()
                 .into_iter()
-                .map(|(name, queue)| (name, queue.inspect(&hub.config)))
+                .map(|(name, queue)| (name, queue.inspect()))
+                .filter(|(_, stats)| stats.is_used())
                 .collect(),
             inboxes: hub.inbox_count(),
             undeliverable_replies: hub.undeliverable(),
@@ -112,6 +112,12 @@ pub struct ServiceStats {
     pub subscribers: usize,
 }
 
+impl ServiceStats {
+    fn is_used(&self) -> bool {
+        self.queued > 0 || self.held > 0 || self.dead > 0 || self.subscribers > 0
+    }
+}
+
 /// A request that was given up.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
@@ -131,7 +137,7 @@ pub(crate) struct HubHandle(Arc<Hub>);
 
 impl HubHandle {
     fn new(config: MemoryConfig) -> Self {
-        Self(Arc::new(Hub::new(config)))
+        Self(Hub::new(config))
     }
 
     pub(crate) fn hub(&self) -> &Arc<Hub> {

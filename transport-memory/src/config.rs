@@ -21,7 +21,7 @@ pub struct MemoryConfig {
     /// The most dead letters that are kept for one service; the oldest make way. Default: 10,000.
     pub max_dead: usize,
     /// For how long after its deadline a request that nobody took is kept for a server, which would report it as
-    /// expired, before it is forgotten. Default: 30 s.
+    /// expired, before it is forgotten; within half as long again, and 15 s at most, it is. Default: 30 s.
     pub keep_expired: Duration,
 }
 

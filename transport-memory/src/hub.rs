@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
 use antiphon_core::transport::{Incoming, SubscribeOptions};
-use antiphon_core::{Error, Reply, ReplyAddress, Request, ServiceName, Ticket};
+use antiphon_core::{Error, ErrorKind, Reply, ReplyAddress, Request, ServiceName, Ticket};
 use tokio::time::Instant;
 
 use crate::config::MemoryConfig;
@@ -14,6 +14,7 @@ use crate::faults::Faults;
 use crate::inbox::Letters;
 use crate::lock;
 use crate::queue::{Queue, Queued};
+use crate::sweeper::Sweeper;
 use crate::table::Key;
 
 type Map<K, V> = HashMap<K, V, foldhash::fast::RandomState>;
@@ -23,6 +24,7 @@ type Map<K, V> = HashMap<K, V, foldhash::fast::RandomState>;
 pub(crate) struct Hub {
     pub(crate) config: MemoryConfig,
     pub(crate) faults: Faults,
+    sweeper: Arc<Sweeper>,
     services: RwLock<Services>,
     inboxes: RwLock<Map<ReplyAddress, Arc<Letters>>>,
     connections: Mutex<Vec<Weak<Connection>>>,
@@ -40,8 +42,9 @@ struct Services {
 const SWEEP_AT_LEAST: usize = 256;
 
 impl Hub {
-    pub(crate) fn new(config: MemoryConfig) -> Self {
-        Self {
+    pub(crate) fn new(config: MemoryConfig) -> Arc<Self> {
+        Arc::new_cyclic(|hub| Self {
+            sweeper: Sweeper::new(Weak::clone(hub), config.keep_expired),
             config,
             faults: Faults::default(),
             services: RwLock::default(),
@@ -49,7 +52,7 @@ impl Hub {
             connections: Mutex::default(),
             next_connection: AtomicU64::new(0),
             undeliverable: AtomicU64::new(0),
-        }
+        })
     }
 
     pub(crate) fn connect(self: &Arc<Self>) -> Arc<Connection> {
@@ -73,18 +76,27 @@ impl Hub {
         connections.iter().filter_map(Weak::upgrade).collect()
     }
 
-    /// Puts a request into its service's queue.
+    /// Puts a request into its service's queue, if any time is left of its budget since `entered`.
     pub(crate) fn request(
         &self,
         service: &ServiceName,
-        request: Request,
+        mut request: Request,
+        entered: Instant,
         expect_responder: bool,
         ticket: &Ticket,
     ) -> Result<(), Error> {
         let now = Instant::now();
-        let expires = request
-            .deadline
-            .and_then(|deadline| now.checked_add(deadline.budget));
+        let mut expires = None;
+        if let Some(deadline) = &mut request.deadline {
+            expires = entered.checked_add(deadline.budget);
+            deadline.budget = deadline.budget.saturating_sub(now - entered);
+            if deadline.budget.is_zero() {
+                return Err(Error::not_executed(
+                    ErrorKind::DeadlineExceeded,
+                    "no time was left when it could be sent",
+                ));
+            }
+        }
         let queued = Queued {
             request,
             attempt: 1,
@@ -96,6 +108,9 @@ impl Hub {
         })?;
         if let Some(waker) = waker {
             waker.wake();
+        }
+        if let Some(expires) = expires {
+            self.sweeper.watch(expires);
         }
         Ok(())
     }
@@ -211,11 +226,19 @@ impl Hub {
             .cloned()
     }
 
-    pub(crate) fn sweep(&self) {
-        self.services
+    /// Forgets requests that expired long ago, and queues that are not used. Says when the next request expires.
+    pub(crate) fn sweep(&self) -> Option<Instant> {
+        let queues = self.queues();
+        let next = queues
+            .iter()
+            .filter_map(|(_, queue)| queue.forget_expired(&self.config))
+            .min();
+        let mut services = self
+            .services
             .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .sweep(&self.config);
+            .unwrap_or_else(PoisonError::into_inner);
+        services.sweep();
+        next
     }
 
     #[cfg(feature = "conformance")]
@@ -249,19 +272,19 @@ impl Hub {
             .write()
             .unwrap_or_else(PoisonError::into_inner);
         if services.queues.len() >= services.sweep_at.max(SWEEP_AT_LEAST) {
-            services.sweep(&self.config);
+            services.sweep();
             services.sweep_at = 2 * services.queues.len();
         }
         let queue = services
             .queues
             .entry(service.clone())
-            .or_insert_with(|| Arc::new(Queue::new(service.clone())));
+            .or_insert_with(|| Arc::new(Queue::new(service.clone(), Arc::clone(&self.sweeper))));
         use_it(queue)
     }
 }
 
 impl Services {
-    fn sweep(&mut self, config: &MemoryConfig) {
-        self.queues.retain(|_, queue| !queue.is_unused(config));
+    fn sweep(&mut self) {
+        self.queues.retain(|_, queue| !queue.is_unused());
     }
 }

@@ -12,6 +12,7 @@ mod inbox;
 mod queue;
 mod session;
 mod subscription;
+mod sweeper;
 mod table;
 mod transport;
 

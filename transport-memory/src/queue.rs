@@ -2,7 +2,7 @@
 
 mod state;
 
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::task::Waker;
 
 use antiphon_core::transport::SubscribeOptions;
@@ -14,6 +14,7 @@ use self::state::{Effects, Held, State, already_owned};
 use crate::broker::{DeadLetter, ServiceStats};
 use crate::config::MemoryConfig;
 use crate::session::Session;
+use crate::sweeper::Sweeper;
 use crate::table::Key;
 use crate::{closed, lock};
 
@@ -22,6 +23,7 @@ use crate::{closed, lock};
 #[derive(Debug)]
 pub(crate) struct Queue {
     name: ServiceName,
+    sweeper: Arc<Sweeper>,
     state: Mutex<State>,
 }
 
@@ -65,9 +67,10 @@ pub(crate) enum Return {
 }
 
 impl Queue {
-    pub(crate) fn new(name: ServiceName) -> Self {
+    pub(crate) fn new(name: ServiceName, sweeper: Arc<Sweeper>) -> Self {
         Self {
             name,
+            sweeper,
             state: Mutex::new(State::new()),
         }
     }
@@ -172,7 +175,7 @@ impl Queue {
     /// Puts a held delivery back; `None` if it is held no more.
     pub(crate) fn give_back(&self, key: Key, how: Return) -> Option<()> {
         self.update(|state, effects| {
-            let session = state.put_back(key, how)?;
+            let session = state.put_back(key, how, effects)?;
             state.free_hand(session, effects);
             state.pass_on(effects);
             Some(())
@@ -298,12 +301,10 @@ impl Queue {
         });
     }
 
-    /// Forgets what is over, and says what is left.
-    pub(crate) fn inspect(&self, config: &MemoryConfig) -> ServiceStats {
+    /// What there is, leases that are over having ended.
+    pub(crate) fn inspect(&self) -> ServiceStats {
         self.update(|state, effects| {
             state.end_leases(Instant::now(), effects);
-            state.forget_expired(config);
-            state.pass_on(effects);
             ServiceStats {
                 queued: state.len(),
                 held: state.held.len(),
@@ -317,15 +318,20 @@ impl Queue {
         })
     }
 
+    /// Forgets what expired long ago, and says when the first of the rest expires.
+    pub(crate) fn forget_expired(&self, config: &MemoryConfig) -> Option<Instant> {
+        self.update(|state, effects| {
+            let next = state.forget_expired(config);
+            state.pass_on(effects);
+            next
+        })
+    }
+
     /// True if forgetting the whole queue loses nothing.
-    pub(crate) fn is_unused(&self, config: &MemoryConfig) -> bool {
-        let mut state = lock(&self.state);
+    pub(crate) fn is_unused(&self) -> bool {
+        let state = lock(&self.state);
         // What is held has a session.
-        if state.sessions.len() > 0 || !state.dead.is_empty() {
-            return false;
-        }
-        state.forget_expired(config);
-        state.is_empty()
+        state.sessions.len() == 0 && state.dead.is_empty() && state.is_empty()
     }
 
     pub(crate) fn dead_letters(&self) -> Vec<DeadLetter> {
@@ -336,7 +342,9 @@ impl Queue {
     fn update<T>(&self, change: impl FnOnce(&mut State, &mut Effects) -> T) -> T {
         let mut effects = Effects::default();
         let result = change(&mut lock(&self.state), &mut effects);
-        effects.run();
+        if let Some(expires) = effects.run() {
+            self.sweeper.watch(expires);
+        }
         result
     }
 }

@@ -7,6 +7,7 @@ use antiphon_core::{ConnectionState, Error, ServiceName, Transport};
 use async_trait::async_trait;
 use tokio::sync::watch;
 use tokio::task::coop;
+use tokio::time::Instant;
 
 use crate::broker::{HubHandle, MemoryBroker};
 use crate::config::MemoryConfig;
@@ -62,6 +63,7 @@ impl Transport for MemoryTransport {
     }
 
     async fn send(&self, message: Outbound) -> Result<(), Error> {
+        let entered = Instant::now();
         // A message is handed over at the first poll; without this, a loop of sends would never let a server run.
         coop::consume_budget().await;
         let connection = self.connection();
@@ -75,7 +77,7 @@ impl Transport for MemoryTransport {
                 connection.pass(CUT | PAUSED | BLOCKED).await?;
                 connection
                     .hub()
-                    .request(&service, request, expect_responder, &ticket)
+                    .request(&service, request, entered, expect_responder, &ticket)
             }
             Outbound::Reply { to, reply } => {
                 connection.pass(CUT | PAUSED).await?;

@@ -5,11 +5,11 @@ mod support;
 use std::time::Duration;
 
 use antiphon_core::transport::{InboxEvent, SubscribeOptions, SubscriptionEvent};
-use antiphon_core::{ConnectionState, ErrorKind, Executed, Reply, Ticket, Transport};
+use antiphon_core::{ConnectionState, Deadline, ErrorKind, Executed, Reply, Ticket, Transport};
 use antiphon_memory::{MemoryBroker, MemoryConfig, MemoryTransport};
 use futures_util::FutureExt;
 use support::*;
-use tokio::time::{Instant, advance};
+use tokio::time::{Instant, advance, sleep};
 
 #[tokio::test(start_paused = true)]
 async fn a_cut_server_is_fenced_and_subscribes_again() {
@@ -82,7 +82,7 @@ async fn an_inbox_keeps_what_arrives_during_a_cut() {
     let (arrived, ()) = tokio::join!(replies(&mut inbox), async {
         client.cut();
         send_reply(&server, &address, Reply::value(request("").id, "meanwhile")).await;
-        tokio::time::sleep(Duration::from_secs(100)).await;
+        sleep(Duration::from_secs(100)).await;
         client.restore();
     });
     assert_eq!(arrived, ["meanwhile"]);
@@ -120,7 +120,7 @@ async fn sends_wait_for_the_connection_unless_they_are_withdrawn() {
             within(client.send(outbound("s", request("sent"), &sent))),
             within(client.send(outbound("s", request("withdrawn"), &withdrawn))),
             async {
-                tokio::time::sleep(Duration::from_secs(20)).await;
+                sleep(Duration::from_secs(20)).await;
                 assert!(withdrawn.withdraw());
                 help(&client);
             }
@@ -157,6 +157,51 @@ async fn a_blocked_broker_still_lets_servers_finish() {
     assert_eq!(replies(&mut inbox).await, ["1"]);
     broker.unblock();
     assert_eq!(*client.state().borrow(), ConnectionState::Connected);
+}
+
+#[tokio::test(start_paused = true)]
+async fn waiting_to_be_sent_comes_off_the_budget() {
+    type Obstacle = fn(&MemoryTransport);
+    let obstacles: [(Obstacle, Obstacle); 3] = [
+        (MemoryTransport::cut, MemoryTransport::restore),
+        (MemoryTransport::pause, MemoryTransport::resume),
+        (MemoryTransport::block, MemoryTransport::unblock),
+    ];
+    for (obstruct, clear) in obstacles {
+        let broker = MemoryBroker::new();
+        let (client, server) = (broker.connect(), broker.connect());
+        let mut subscription = shared(&server, "s", 2).await;
+        obstruct(&client);
+        let entered = Instant::now();
+        let waiting = [29_999, 30_000, 30_001].map(|wait| {
+            let (client, ticket) = (client.clone(), Ticket::new());
+            let mut request = request("");
+            request.deadline = Some(Deadline::after(Duration::from_millis(wait)));
+            let message = outbound("s", request, &ticket);
+            (
+                ticket,
+                tokio::spawn(async move { client.send(message).await }),
+            )
+        });
+        sleep(Duration::from_secs(30)).await;
+        clear(&client);
+        let [(short, sent), (exact, also_sent), (_, last)] = waiting;
+        for (ticket, sent) in [(short, sent), (exact, also_sent)] {
+            let error = within(sent).await.unwrap().unwrap_err();
+            assert_eq!(
+                (error.kind(), error.executed()),
+                (ErrorKind::DeadlineExceeded, Executed::No)
+            );
+            assert!(ticket.withdraw(), "it was not sent");
+        }
+        within(last).await.unwrap().unwrap();
+        let delivery = delivery(&mut subscription).await;
+        let expires = entered + Duration::from_millis(30_001);
+        assert_eq!(delivery.expires, Some(expires));
+        let budget = delivery.request.deadline.map(|deadline| deadline.budget);
+        assert_eq!(budget, Some(Duration::from_millis(1)));
+        echo(delivery).await.unwrap();
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -11,7 +11,7 @@ use antiphon_core::{
 use antiphon_memory::{MemoryBroker, MemoryConfig, MemoryTransport};
 use futures_util::FutureExt;
 use support::*;
-use tokio::time::{Instant, advance};
+use tokio::time::{Instant, advance, sleep, sleep_until};
 
 #[tokio::test(start_paused = true)]
 async fn a_request_and_its_reply() {
@@ -42,7 +42,7 @@ async fn a_request_waits_for_a_server_and_a_server_for_a_request() {
     let later = {
         let transport = transport.clone();
         tokio::spawn(async move {
-            tokio::time::sleep(Duration::from_secs(5)).await;
+            sleep(Duration::from_secs(5)).await;
             send(&transport, "s", request("after")).await;
         })
     };
@@ -102,7 +102,7 @@ async fn competing_servers_share_fairly() {
             while let Ok(delivery) =
                 tokio::time::timeout(Duration::from_secs(60), delivery(&mut subscription)).await
             {
-                tokio::time::sleep(Duration::from_millis(10)).await;
+                sleep(Duration::from_millis(10)).await;
                 echo(delivery).await.unwrap();
                 served += 1;
             }
@@ -379,10 +379,84 @@ async fn requests_that_expired_long_ago_are_forgotten() {
         send(&transport, &format!("s@{number}"), request("")).await;
     }
     assert_eq!(broker.stats().services.len(), 1000);
-    advance(Duration::from_secs(60)).await;
+    sleep(Duration::from_millis(59_999)).await;
     assert_eq!(broker.stats().services.len(), 1000);
-    advance(Duration::from_millis(1)).await;
+    sleep(Duration::from_millis(2)).await;
     assert_eq!(broker.stats(), MemoryBroker::new().stats());
+    assert_eq!(alive_tasks(), 0, "there is nothing to forget");
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_timer_forgets_requests_that_expire_at_any_time() {
+    let broker = MemoryBroker::new();
+    let transport = broker.connect();
+    let start = Instant::now();
+    let expiring = |seconds| Request::new(Deadline::after(Duration::from_secs(seconds)), "");
+    // Ever sooner and ever later ones.
+    for seconds in [500, 300, 100, 1, 400, 600] {
+        send(&transport, "s", expiring(seconds)).await;
+    }
+    let plain = Request {
+        deadline: None,
+        ..request("")
+    };
+    send(&transport, "s", plain).await;
+    let mut left = 7;
+    for seconds in [1, 100, 300, 400, 500, 600] {
+        let expires = start + Duration::from_secs(seconds);
+        sleep_until(expires + Duration::from_millis(29_999)).await;
+        assert_eq!(counts(&broker, "s"), (left, 0, 0), "{seconds} s, kept");
+        assert_eq!(alive_tasks(), 1);
+        left -= 1;
+        sleep_until(expires + Duration::from_millis(45_001)).await;
+        assert_eq!(counts(&broker, "s"), (left, 0, 0), "{seconds} s, forgotten");
+    }
+    assert_eq!(alive_tasks(), 0, "what is left never expires");
+    send(&transport, "s", request("")).await;
+    assert_eq!(alive_tasks(), 1);
+    drop((broker, transport));
+    tokio::task::yield_now().await;
+    assert_eq!(alive_tasks(), 0, "the timer goes with the broker");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_that_comes_back_expired_is_forgotten() {
+    let broker = MemoryBroker::new();
+    let transport = broker.connect();
+    let mut subscription = shared(&transport, "s", 1).await;
+    send(&transport, "s", request("")).await;
+    let held = delivery(&mut subscription).await;
+    drop(subscription);
+    sleep(Duration::from_secs(600)).await;
+    assert_eq!(alive_tasks(), 0, "what is held is not forgotten");
+    drop(held);
+    assert_eq!(counts(&broker, "s"), (1, 0, 0));
+    sleep(Duration::from_secs(1)).await;
+    assert_eq!(counts(&broker, "s"), (0, 0, 0));
+}
+
+#[test]
+fn the_timer_does_not_depend_on_the_runtime_of_the_first_sender() {
+    let broker = MemoryBroker::new();
+    let transport = broker.connect();
+    paused_runtime().block_on(send(&transport, "s", request("")));
+    assert_eq!(counts(&broker, "s"), (1, 0, 0));
+    paused_runtime().block_on(async {
+        send(&transport, "s", request("")).await;
+        sleep(Duration::from_secs(61)).await;
+    });
+    assert_eq!(counts(&broker, "s"), (0, 0, 0));
+}
+
+fn paused_runtime() -> tokio::runtime::Runtime {
+    let mut runtime = tokio::runtime::Builder::new_current_thread();
+    runtime.enable_time().start_paused(true).build().unwrap()
+}
+
+fn alive_tasks() -> usize {
+    tokio::runtime::Handle::current()
+        .metrics()
+        .num_alive_tasks()
 }
 
 #[tokio::test(start_paused = true)]

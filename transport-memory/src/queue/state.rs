@@ -195,12 +195,13 @@ impl State {
     }
 
     /// Takes a request out of a session's hands to be taken again, and says whose they were.
-    pub(super) fn put_back(&mut self, key: Key, how: Return) -> Option<Key> {
+    pub(super) fn put_back(&mut self, key: Key, how: Return, effects: &mut Effects) -> Option<Key> {
         let Held {
             mut queued,
             session,
         } = self.held.remove(key)?;
         queued.arrives = None;
+        effects.waits_again(queued.expires);
         match how {
             Return::Counted => {
                 queued.attempt = queued.attempt.saturating_add(1);
@@ -215,7 +216,7 @@ impl State {
     /// The session's lease is lost with all that it holds. A later one has its own.
     pub(super) fn lose(&mut self, key: Key, effects: &mut Effects) {
         for held in self.held.keys(|held| held.session == key) {
-            self.put_back(held, Return::Counted);
+            self.put_back(held, Return::Counted, effects);
         }
         let Some(session) = self.sessions.find_mut(key) else {
             return;
@@ -326,12 +327,15 @@ impl State {
         }
     }
 
-    pub(super) fn forget_expired(&mut self, config: &MemoryConfig) {
+    /// Says when the first of those that are left expires.
+    pub(super) fn forget_expired(&mut self, config: &MemoryConfig) -> Option<Instant> {
         let now = Instant::now();
         self.ready
             .retain(|queued| !queued.is_forgotten(now, config));
         self.suspects
             .retain(|queued| !queued.is_forgotten(now, config));
+        let left = self.ready.iter().chain(&self.suspects);
+        left.filter_map(|queued| queued.expires).min()
     }
 }
 
@@ -354,7 +358,8 @@ impl Queued {
     /// True once it has been expired for so long that no server need report it.
     pub(super) fn is_forgotten(&self, now: Instant, config: &MemoryConfig) -> bool {
         self.expires
-            .is_some_and(|expires| now.saturating_duration_since(expires) > config.keep_expired)
+            .and_then(|expires| now.checked_duration_since(expires))
+            .is_some_and(|past| past >= config.keep_expired)
     }
 }
 
@@ -364,6 +369,8 @@ pub(super) struct Effects {
     waker: Option<Waker>,
     wakers: Vec<Waker>,
     leases: Vec<CancellationToken>,
+    /// When the first of the requests that came back expires.
+    expires: Option<Instant>,
 }
 
 impl Effects {
@@ -381,7 +388,12 @@ impl Effects {
         }
     }
 
-    pub(super) fn run(self) {
+    pub(super) fn waits_again(&mut self, expires: Option<Instant>) {
+        self.expires = self.expires.into_iter().chain(expires).min();
+    }
+
+    /// Says when the first of the requests that came back expires.
+    pub(super) fn run(self) -> Option<Instant> {
         // First, so that a server learns of its loss before anybody else can have the request.
         for lease in self.leases {
             lease.cancel();
@@ -389,6 +401,7 @@ impl Effects {
         for waker in self.waker.into_iter().chain(self.wakers) {
             waker.wake();
         }
+        self.expires
     }
 }
 

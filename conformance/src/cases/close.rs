@@ -26,6 +26,7 @@ cases!("close": [
     drain_finishes_handlers_that_call: G2,
     run_until_waits_for_what_runs: G2,
     nothing_is_lost_around_a_shutdown: G2,
+    shutdown_is_bounded: G2,
 ]);
 
 async fn echo(body: Bytes) -> Result<Bytes, Fault> {
@@ -418,4 +419,42 @@ async fn nothing_is_lost_around_a_shutdown(bench: Bench) -> Verdict {
         runs.load(Ordering::SeqCst),
         CALLS,
     )
+}
+
+async fn shutdown_is_bounded(bench: Bench) -> Verdict {
+    let service = bench.service("bounded")?;
+    let (enter, mut entered) = mpsc::unbounded_channel();
+    let endless = move |_: Bytes| {
+        let _ = enter.send(());
+        // Deaf to its cancellation.
+        std::future::pending::<Result<Bytes, Fault>>()
+    };
+    let server = bench
+        .server()
+        .await?
+        .drain_timeout(Duration::from_millis(300));
+    let stuck = start(server.handle_raw(&service, endless)).await?;
+    let client = bench.client().await?;
+    let call = tokio::spawn(
+        client
+            .call_raw(&service, "")
+            .timeout(12 * PROMPT)
+            .into_future(),
+    );
+    within("the handler starts", PROMPT, entered.recv()).await?;
+    let attempt =
+        |_: Bytes, context: Context| async move { Ok::<_, Fault>(context.attempt().to_string()) };
+    let _other = start(bench.server().await?.handle_raw(&service, attempt)).await?;
+    let limit = Duration::from_secs(2);
+    let result = within("shut down a server that is stuck", limit, stuck.shutdown()).await?;
+    is_error(
+        "shut down a server that is stuck",
+        result,
+        ErrorKind::DeadlineExceeded,
+        Executed::Maybe,
+    )?;
+    let limit = bench.bounds().redelivery + PROMPT;
+    let result = ended("the call that was stuck", limit, call).await?;
+    let reply = result.map_err(|error| Stop::error("the call that was stuck", &error))?;
+    body_is("the attempt that answered", &reply.body, b"2")
 }

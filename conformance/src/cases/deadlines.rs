@@ -12,6 +12,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::bench::*;
 use crate::case::{Stop, Verdict, cases};
+use crate::harness::Connected;
 use crate::peers::*;
 
 cases!("deadlines": [
@@ -24,6 +25,7 @@ cases!("deadlines": [
     clock_starts_at_first_poll: G1,
     nested_call_inherits_what_is_left: G4,
     handler_is_cancelled_at_the_deadline: G4,
+    waiting_to_be_sent_counts: G4,
 ]);
 
 /// How much the clocks of two hosts may differ.
@@ -31,6 +33,9 @@ const SHIFT: Duration = Duration::from_secs(600);
 
 /// By how much a deadline may be wrong: a transport that estimates the broker's clock errs by a round trip.
 const CLOCK_ERROR: Duration = Duration::from_millis(50);
+
+/// For how long a connection is away in front of which requests wait.
+const OUTAGE: Duration = Duration::from_secs(2);
 
 async fn timeout_is_kept(bench: Bench) -> Verdict {
     let service = bench.service("timeout")?;
@@ -365,4 +370,54 @@ async fn handler_is_cancelled_at_the_deadline(bench: Bench) -> Verdict {
         fired + LATE >= deadline,
         "it does not fire before the deadline",
     )
+}
+
+async fn waiting_to_be_sent_counts(bench: Bench) -> Verdict {
+    let service = bench.service("waiting")?;
+    let server = bench.connect().await?.transport;
+    let mut requests = Requests::shared(&server, &service, 4).await?;
+    let Connected { transport, link } = bench.connect().await?;
+    link.sever().await?;
+    until_disconnected(&transport).await?;
+    // By the bare transport: a client may start a call anew, with what is left, when it hears that its inbox was lost.
+    let (short, long) = (Duration::from_millis(300), Duration::from_secs(12));
+    let started = Instant::now();
+    let [expired, live] = [(short, "expired"), (long, "live")].map(|(budget, body)| {
+        let (transport, message) = (
+            Arc::clone(&transport),
+            outbound(&service, request(budget, body, None)),
+        );
+        tokio::spawn(async move { transport.send(message).await })
+    });
+    sleep_until(started + OUTAGE).await;
+    link.restore().await?;
+    let delivery = requests
+        .next_within("take the request that has time left", 2 * PROMPT)
+        .await?;
+    body_is("the request that arrives", &delivery.request.body, b"live")?;
+    let Some(expires) = delivery.expires else {
+        return Err(Stop::failed(
+            "read the delivery",
+            "a delivery with a deadline expires",
+        ));
+    };
+    let caller = started + long;
+    let late = expires.saturating_duration_since(caller);
+    let rule = format!(
+        "the time in front of the lost connection, {OUTAGE:?}, comes off its {long:?}, but its server has {late:?} more than its caller"
+    );
+    ensure("read the delivery's deadline", late <= OUTAGE / 4, rule)?;
+    let early = caller.saturating_duration_since(expires);
+    let rule = format!("the deadline is not early, but it is by {early:?}");
+    ensure("read the delivery's deadline", early <= CLOCK_ERROR, rule)?;
+    answer(delivery, "").await?;
+    joined("send the request that has time left", live).await?;
+    let result = ended("send a request that has none left", PROMPT, expired).await?;
+    is_error(
+        "send a request that has none left",
+        result,
+        ErrorKind::DeadlineExceeded,
+        Executed::No,
+    )?;
+    requests.none_for("after it", QUIET).await
 }

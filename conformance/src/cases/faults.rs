@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use antiphon_core::{Code, ErrorKind, Executed, Fault};
 use bytes::Bytes;
+use futures_util::future::join_all;
 use serde_json::json;
+use tokio::time::{Instant, sleep};
 
 use crate::bench::*;
 use crate::case::{Stop, Verdict, cases};
@@ -19,6 +21,8 @@ cases!("faults": [
     unknown_method_is_refused: G5,
     refusal_of_a_repeat_may_have_run: G5,
     slots_survive_faults: G1,
+    refused_notify_is_dead_lettered: G2,
+    oversized_fault_details_are_cut: G1,
 ]);
 
 async fn handlers_fault_arrives_whole(bench: Bench) -> Verdict {
@@ -233,4 +237,83 @@ async fn slots_survive_faults(bench: Bench) -> Verdict {
         body_is("the reply", &reply.body, b"fine")?;
     }
     same("pending calls", client.stats().pending, 0)
+}
+
+async fn refused_notify_is_dead_lettered(bench: Bench) -> Verdict {
+    let service = bench.service("refused-notify")?;
+    let runs = Arc::new(AtomicUsize::new(0));
+    let counter = Arc::clone(&runs);
+    let count = move |body: Bytes| {
+        counter.fetch_add(1, Ordering::SeqCst);
+        async move { Ok::<_, Fault>(body) }
+    };
+    let server = bench.server().await?.method_raw(&service, "known", count);
+    let _server = start(server).await?;
+    let client = bench.client().await?;
+    let before = bench.harness().dead_letters(&service).await?;
+    same("dead letters before", before, 0)?;
+    ok(
+        "notify of a method that is not there",
+        client.notify_raw(&service, "").method("unknown"),
+    )
+    .await?;
+    // The dead letter is the only trace that it leaves.
+    let end = Instant::now() + PROMPT;
+    while bench.harness().dead_letters(&service).await? == 0 {
+        let rule = format!("it is dead-lettered within {PROMPT:?}, but it is gone");
+        ensure(
+            "a one-way request that is refused",
+            Instant::now() < end,
+            rule,
+        )?;
+        sleep(Duration::from_millis(20)).await;
+    }
+    ok(
+        "the next call",
+        client.call_raw(&service, "").method("known"),
+    )
+    .await?;
+    same(
+        "handlers started, of one refused and one known request",
+        runs.load(Ordering::SeqCst),
+        1,
+    )?;
+    let after = bench.harness().dead_letters(&service).await?;
+    same("dead letters after", after, 1)
+}
+
+async fn oversized_fault_details_are_cut(bench: Bench) -> Verdict {
+    const LIMIT: usize = 10_000;
+    let service = bench.service("details")?;
+    let fail = |size: usize| async move {
+        let fault = Fault::new(Code::FailedPrecondition, format!("{size} bytes of details"));
+        Err::<(), _>(fault.with_details(json!("x".repeat(size))).retryable())
+    };
+    let server = bench.server().await?.max_body(LIMIT).handle(&service, fail);
+    let _server = start(server).await?;
+    let client = bench.client().await?;
+    let calls = [10, 20 * LIMIT, 100, 2 * LIMIT, 1000].map(|size| {
+        let call = client.call::<()>(&service, &size);
+        async move {
+            let step = format!("a call whose handler fails with {size} bytes of details");
+            let error = refused(&step, call, ErrorKind::Fault, Executed::Yes).await?;
+            let Some(fault) = error.fault() else {
+                return Err(Stop::failed(step, "it carries the handler's fault"));
+            };
+            same("the code", fault.code(), Code::FailedPrecondition)?;
+            same(
+                "the message",
+                fault.message(),
+                &format!("{size} bytes of details"),
+            )?;
+            same("retryable", error.is_retryable(), true)?;
+            let fits = (size < LIMIT).then(|| json!("x".repeat(size)));
+            same(
+                "the details, which fit or are left out",
+                fault.details(),
+                fits.as_ref(),
+            )
+        }
+    });
+    join_all(calls).await.into_iter().collect()
 }

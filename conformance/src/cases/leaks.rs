@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use antiphon_core::{ErrorKind, Fault, ReplyAddress, ServiceName};
+use antiphon_core::{ErrorKind, Executed, Fault, ReplyAddress, ServiceName};
 use bytes::Bytes;
 use futures_util::future::join_all;
 use tokio::sync::watch;
@@ -23,6 +23,7 @@ cases!("leaks": [
     killed_client_leaves_nothing: G7,
     vanished_caller_costs_nothing: G7,
     dropped_call_is_not_sent_later: G7,
+    unserved_requests_go_by_themselves: G7,
 ]);
 
 const CALLS: usize = 40;
@@ -292,4 +293,34 @@ async fn dropped_call_is_not_sent_later(bench: Bench) -> Verdict {
     answer(delivery, "").await?;
     joined("the call after them", call).await?;
     requests.none_for("after it", QUIET).await
+}
+
+async fn unserved_requests_go_by_themselves(bench: Bench) -> Verdict {
+    let service = bench.service("unserved")?;
+    // There is a queue, and nobody ever takes from it.
+    let running = start(bench.server().await?.handle_raw(&service, echo)).await?;
+    ok("shut down", running.shutdown()).await?;
+    let client = bench.client().await?;
+    let inbox = client.inbox();
+    let timeout = Duration::from_millis(400);
+    let calls = (0..CALLS).map(|n| {
+        client
+            .call_raw(&service, vec![7; 500 * n])
+            .timeout(timeout)
+            .into_future()
+    });
+    for result in by_deadline("calls that nobody serves", timeout, join_all(calls)).await? {
+        is_error(
+            "a call that nobody serves",
+            result,
+            ErrorKind::DeadlineExceeded,
+            Executed::Maybe,
+        )?;
+    }
+    within("close the client", PROMPT, client.close()).await?;
+    // One look, at the end: it must not be the look that tidies up.
+    sleep(bench.bounds().leak + LATE).await;
+    let left = bench.harness().leftovers(&service, &[inbox]).await?;
+    let rule = format!("nothing is left of what nobody took, but there is {left:?}");
+    ensure("look at the broker, once", left.is_empty(), rule)
 }

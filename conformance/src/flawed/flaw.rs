@@ -75,9 +75,12 @@ flaws! {
         "deadlines/nested_call_inherits_what_is_left",
         "deadlines/handler_is_cancelled_at_the_deadline",
         "leaks/timed_out_calls_leave_nothing",
+        "leaks/unserved_requests_go_by_themselves",
     ],
     /// A request lives half as long as its caller waits.
     HalvesBudgets => ["deadlines/deadline_is_never_early", "deadlines/clock_starts_at_first_poll"],
+    /// The time that a request waits for its connection does not come off its budget.
+    ForgetsTheWait => ["deadlines/waiting_to_be_sent_counts"],
     /// What is left of a deadline is judged by this host's wall clock.
     JudgesByWallClock => ["deadlines/clock_ahead_changes_nothing", "deadlines/clock_behind_changes_nothing"],
     /// A budget of less than 2 ms is refused.
@@ -109,10 +112,14 @@ flaws! {
     /// All inboxes have the address of the first.
     SharesAddresses => ["correlation/own_and_other_clients_are_apart"],
     /// Faults lose their details and whether to retry.
-    LosesDetails => ["faults/handlers_fault_arrives_whole"],
+    LosesDetails => ["faults/handlers_fault_arrives_whole", "faults/oversized_fault_details_are_cut"],
     /// All faults have one code.
-    BlursFaults =>
-        ["faults/panic_is_internal", "faults/undecodable_input_is_refused", "faults/unknown_method_is_refused"],
+    BlursFaults => [
+        "faults/panic_is_internal",
+        "faults/undecodable_input_is_refused",
+        "faults/unknown_method_is_refused",
+        "faults/oversized_fault_details_are_cut",
+    ],
     /// Every fault says that it may have been executed.
     SaysMaybe => ["faults/handlers_fault_arrives_whole", "faults/undecodable_input_is_refused"],
     /// A request that ends in a fault keeps its place in the server's hands.
@@ -140,6 +147,7 @@ flaws! {
     SettlesOnDrop => [
         "redelivery/dropped_delivery_is_delivered_again",
         "redelivery/reply_before_settling_is_a_duplicate",
+        "close/shutdown_is_bounded",
     ],
     /// A reply is sent, and its request never settled.
     NeverSettles => ["redelivery/settled_is_not_delivered_again"],
@@ -149,11 +157,12 @@ flaws! {
         "redelivery/killed_server_loses_nothing",
         "redelivery/poison_is_dead_lettered",
         "redelivery/poison_costs_no_neighbour",
+        "close/shutdown_is_bounded",
     ],
     /// A release counts as an attempt.
     CountsReleases => ["redelivery/released_is_not_counted"],
     /// Dead letters are thrown away.
-    BuriesNothing => ["redelivery/poison_is_dead_lettered"],
+    BuriesNothing => ["redelivery/poison_is_dead_lettered", "faults/refused_notify_is_dead_lettered"],
     /// The reply goes out before the lease is looked at.
     RepliesUnfenced => ["redelivery/lost_lease_cannot_reply"],
     /// Exclusive subscriptions are shared.

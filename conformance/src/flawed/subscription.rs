@@ -190,7 +190,12 @@ impl Drop for FlawedSettlement {
         if let Some(sound) = self.sound.take()
             && self.line.has(Flaw::SettlesOnDrop)
         {
-            tokio::spawn(sound.reply(None));
+            // Or its connection might end first, which gives back what is not settled.
+            let line = Arc::clone(&self.line);
+            tokio::spawn(async move {
+                let _ = sound.reply(None).await;
+                drop(line);
+            });
         }
     }
 }

@@ -135,6 +135,11 @@ impl Line {
                 self.sound.send(message.with(request)).await?;
                 return self.sound.send(overtaken).await;
             }
+            Flaw::ForgetsTheWait => {
+                let connected = |state: &ConnectionState| *state == ConnectionState::Connected;
+                // An error would mean that it is closed, which the sound transport tells.
+                let _ = self.sound.state().wait_for(connected).await;
+            }
             Flaw::SendsWithdrawn => {
                 message.ticket = Ticket::new();
                 let sound = Arc::clone(&self.sound);

@@ -29,6 +29,14 @@ impl Ticket {
         self.decide(COMMITTED) != WITHDRAWN
     }
 
+    /// For the transport: the request was sent and came back as it was, so that it may be withdrawn again. Only if that is
+    /// certain.
+    pub fn reopen(&self) {
+        let _ = self
+            .0
+            .compare_exchange(COMMITTED, WAITING, Ordering::AcqRel, Ordering::Acquire);
+    }
+
     /// For the caller: true if the request was not sent, and will not be.
     #[must_use]
     pub fn withdraw(&self) -> bool {
@@ -69,5 +77,15 @@ mod tests {
         assert!(sent.commit() && !sent.withdraw() && sent.commit());
         let withdrawn = Ticket::new();
         assert!(withdrawn.withdraw() && !withdrawn.commit() && withdrawn.is_withdrawn());
+        withdrawn.reopen();
+        assert!(!withdrawn.commit());
+    }
+
+    #[test]
+    fn what_came_back_may_be_withdrawn() {
+        let ticket = Ticket::new();
+        assert!(ticket.commit());
+        ticket.reopen();
+        assert!(ticket.withdraw() && !ticket.commit());
     }
 }

@@ -21,10 +21,6 @@ const LOOK_MAX: Duration = Duration::from_millis(400);
 /// sometimes neither confirmed nor returned.
 const SETTLED: Duration = Duration::from_millis(100);
 
-/// A request is given up this long before its deadline: afterwards its caller could no longer be told that it was certainly
-/// not executed.
-const GIVE_UP_EARLY: Duration = Duration::from_millis(3);
-
 /// How often withdrawn requests are thrown out.
 const PURGE: Duration = Duration::from_millis(500);
 
@@ -63,7 +59,7 @@ impl Absent {
 
     /// Keeps a request until its queue is there.
     pub(crate) fn park(&mut self, queue: &ShortString, job: Job) {
-        let at = give_up_at(&job).map_or_else(
+        let at = job.deadline().map_or_else(
             || Instant::now() + PURGE,
             |at| at.min(Instant::now() + PURGE),
         );
@@ -103,7 +99,7 @@ impl Absent {
         let mut next = None::<Instant>;
         for waiting in self.queues.values_mut() {
             for job in mem::take(&mut waiting.jobs) {
-                let at = give_up_at(&job);
+                let at = job.deadline();
                 if at.is_some_and(|at| at <= now) {
                     overdue.push(job);
                 } else if !job.is_abandoned() {
@@ -122,10 +118,6 @@ impl Absent {
     pub(crate) fn drain(&mut self) -> impl Iterator<Item = Job> {
         self.queues.drain().flat_map(|(_, waiting)| waiting.jobs)
     }
-}
-
-fn give_up_at(job: &Job) -> Option<Instant> {
-    job.deadline()?.checked_sub(GIVE_UP_EARLY)
 }
 
 /// Asks the broker until a queue is there, and told so.

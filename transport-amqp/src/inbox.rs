@@ -32,6 +32,9 @@ const RELEASE_RETRY: Duration = Duration::from_millis(10);
 /// How long a dropped inbox tries to remove its queue; it goes with the connection in any case.
 const DELETE_TIMEOUT: Duration = Duration::from_secs(1);
 
+/// A life of the connection that there is not.
+const NEVER: u64 = 0;
+
 /// A private reply address on RabbitMQ.
 pub(crate) struct AmqpInbox {
     address: ReplyAddress,
@@ -41,7 +44,9 @@ pub(crate) struct AmqpInbox {
     /// Tells the keeper that the consumer of this session ended.
     ended: mpsc::UnboundedSender<u64>,
     restored: mpsc::UnboundedReceiver<Restored>,
-    /// The last event was `Lost`, and what it ended is known to its owner only when it asks for the next.
+    /// The consumer ended, which the keeper and the owner are still to be told.
+    ended_here: bool,
+    /// The last event told of a new consumer, which the owner has worked off when it asks for the next one.
     announced: bool,
 }
 
@@ -82,6 +87,7 @@ impl AmqpInbox {
             member: members.enter(session.number),
             ended,
             restored,
+            ended_here: false,
             announced: false,
         };
         let keeper = Keeper {
@@ -96,16 +102,29 @@ impl AmqpInbox {
         Ok((inbox, keeper.run()))
     }
 
-    /// Takes over what the keeper restored. The broker removed the former queue with all that was in it, so of no reply that was on its
-    /// way can it be said whether it was lost.
-    fn restore(&mut self, restored: Restored) -> InboxEvent {
+    /// Takes over what the keeper restored. True if its address is another one.
+    fn restore(&mut self, restored: Restored) -> bool {
+        let moved = self.address != restored.address;
         self.address = restored.address;
         self.consumer = Some(restored.consumer);
         self.session = restored.session;
-        self.announced = true;
-        let message = "the connection was lost, and with it the replies in the inbox";
-        InboxEvent::Lost(Error::maybe_executed(ErrorKind::ConnectionLost, message))
+        moved
     }
+
+    /// Tells the keeper that the consumer ended, and the owner that replies were lost; or that it is over.
+    fn end(&mut self) -> InboxEvent {
+        self.member.ready(NEVER);
+        match self.ended.send(self.session) {
+            Ok(()) => lost(),
+            Err(_) => InboxEvent::Closed(closed()),
+        }
+    }
+}
+
+/// The broker removed the queue with all that was in it, so of no reply that was on its way can it be said whether it was lost.
+fn lost() -> InboxEvent {
+    let message = "the connection was lost, and with it the replies in the inbox";
+    InboxEvent::Lost(Error::maybe_executed(ErrorKind::ConnectionLost, message))
 }
 
 #[async_trait]
@@ -116,21 +135,34 @@ impl Inbox for AmqpInbox {
 
     async fn recv(&mut self) -> InboxEvent {
         if std::mem::take(&mut self.announced) {
-            // Requests flow again only now: those that were held back carry the new address.
+            // Requests flow again only now: those that were held back have heard of the new address.
             self.member.ready(self.session);
         }
         loop {
+            if std::mem::take(&mut self.ended_here) {
+                return self.end();
+            }
             let Some(consumer) = &mut self.consumer else {
-                return match self.restored.recv().await {
-                    Some(restored) => self.restore(restored),
-                    None => InboxEvent::Closed(closed()),
+                // Requests wait meanwhile.
+                let Some(restored) = self.restored.recv().await else {
+                    return InboxEvent::Closed(closed());
                 };
+                if self.restore(restored) {
+                    self.announced = true;
+                    return lost();
+                }
+                self.member.ready(self.session);
+                continue;
             };
             let mut next = tokio::select! {
                 biased;
                 delivery = consumer.next() => Some(delivery),
                 restored = self.restored.recv() => match restored {
-                    Some(restored) => return self.restore(restored),
+                    Some(restored) => {
+                        self.restore(restored);
+                        self.announced = true;
+                        return lost();
+                    }
                     None => return InboxEvent::Closed(closed()),
                 },
             };
@@ -139,7 +171,7 @@ impl Inbox for AmqpInbox {
                 let Some(Ok(delivery)) = delivery else {
                     // Ended by a lost connection, a channel error, or somebody who removed the queue.
                     self.consumer = None;
-                    let _ = self.ended.send(self.session);
+                    self.ended_here = true;
                     break;
                 };
                 replies.push(message::decode_reply(&delivery.properties, delivery.data));
@@ -187,7 +219,7 @@ impl Keeper {
                     Some(_) => {}
                     None => return self.delete().await,
                 },
-                () = lost(&mut self.link, self.session) => {}
+                () = session_over(&mut self.link, self.session) => {}
             }
             let owner = self.restored.clone();
             let restored = tokio::select! {
@@ -240,7 +272,7 @@ impl Keeper {
 }
 
 /// Waits until the connection is another one than the given.
-async fn lost(link: &mut Link, session: u64) {
+async fn session_over(link: &mut Link, session: u64) {
     let changed = link.state.wait_for(|state| match state {
         LinkState::Up(current) => current.number != session,
         LinkState::Down(_) | LinkState::Closed => true,

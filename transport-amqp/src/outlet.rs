@@ -117,17 +117,12 @@ impl<T> Outlet<T> {
         });
         // The first poll queues the frames. Awaiting here would cost a wake-up per message.
         let mut cx = Context::from_waker(Waker::noop());
-        let progress = match confirm.as_mut().poll(&mut cx) {
-            Poll::Pending => Progress::Waiting(confirm),
+        let (progress, returned) = match confirm.as_mut().poll(&mut cx) {
+            Poll::Pending => (Progress::Waiting(confirm), None),
             // Refused before its frames were queued.
             Poll::Ready(Err(_)) => return Err(token),
-            Poll::Ready(Ok(confirmation)) => {
-                let (progress, returned) = judge(Ok(confirmation));
-                if let Some(message) = returned {
-                    self.route(vec![message]);
-                }
-                progress
-            }
+            // The broker was faster than we.
+            Poll::Ready(Ok(confirmation)) => judge(Ok(confirmation)),
         };
         self.bytes += bytes;
         self.slots.push_back(Slot {
@@ -139,6 +134,8 @@ impl<T> Outlet<T> {
             settled: false,
             progress,
         });
+        // Only now: it may be its own.
+        self.route(returned);
         Ok(())
     }
 
@@ -207,7 +204,7 @@ impl<T> Outlet<T> {
     }
 
     /// Gives each returned message to the slot it belongs to, which is not the one whose confirm carried it.
-    fn route(&mut self, returns: Vec<BasicReturnMessage>) {
+    fn route(&mut self, returns: impl IntoIterator<Item = BasicReturnMessage>) {
         for message in returns {
             let delivery = &message.delivery;
             let correlation = delivery.properties.correlation_id().as_ref();

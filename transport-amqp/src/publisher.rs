@@ -200,6 +200,10 @@ impl Publisher {
                 self.absent.park(&queue, job);
                 continue;
             }
+            if job.is_over(Instant::now()) {
+                job.expire();
+                continue;
+            }
             let Some((message, prompt)) = job.encode() else {
                 continue;
             };
@@ -217,6 +221,8 @@ impl Publisher {
                 Err(no_responder(&request.queue))
             }
             (What::Request(request), Fate::Returned) => {
+                // It is with nobody: its caller may give it up, knowing that it was not executed.
+                request.ticket.reopen();
                 request.came_back = true;
                 let queue = request.queue.clone();
                 return self.absent.park(&queue, job);
@@ -246,9 +252,7 @@ impl Publisher {
     /// Gives up what waited for its service until its deadline. None of it is with the broker.
     fn give_up(&mut self, now: Instant) {
         for job in self.absent.overdue(now) {
-            let message = "nobody came to serve it before its deadline";
-            let error = Error::not_executed(ErrorKind::DeadlineExceeded, message);
-            let _ = job.done.send(Err(error));
+            job.expire();
         }
     }
 
@@ -359,12 +363,25 @@ impl Job {
         }
     }
 
-    /// True if nobody waits for it any more. If it came back, its ticket is committed, and cannot tell.
+    /// True if nobody waits for it any more. Who dropped its future before it came back could not withdraw it.
     pub(crate) fn is_abandoned(&self) -> bool {
         match &self.what {
-            What::Request(request) if request.came_back => self.done.is_closed(),
-            _ => self.is_withdrawn(),
+            What::Request(request) => {
+                request.ticket.is_withdrawn() || (request.came_back && self.done.is_closed())
+            }
+            What::Reply { .. } => false,
         }
+    }
+
+    fn is_over(&self, now: Instant) -> bool {
+        self.deadline().is_some_and(|deadline| deadline <= now)
+    }
+
+    /// Its time is up, and it was not sent.
+    fn expire(self) {
+        let message = "the request could not be sent before its deadline";
+        let error = Error::not_executed(ErrorKind::DeadlineExceeded, message);
+        let _ = self.done.send(Err(error));
     }
 }
 

@@ -202,12 +202,22 @@ impl Transport for AmqpTransport {
 
     async fn open_inbox(&self) -> Result<Box<dyn Inbox>, Error> {
         self.check_open()?;
+        let (link, members) = (self.consume.clone(), Arc::clone(&self.members));
         let closing = self.shutdown.tasks_token.clone();
-        let open = AmqpInbox::open(self.consume.clone(), &self.members, closing.clone());
-        let opened = closing.run_until_cancelled(open).await;
-        let (inbox, keeper) = opened.unwrap_or_else(|| Err(closed()))?;
-        self.spawn(keeper);
-        Ok(Box::new(inbox))
+        let (opened, inbox) = oneshot::channel();
+        // In a task of its own, so that nothing is left half made on the broker if nobody waits for it any more.
+        self.spawn(async move {
+            let open = AmqpInbox::open(link, &members, closing.clone());
+            match closing.run_until_cancelled(open).await {
+                Some(Ok((inbox, keeper))) => {
+                    let _ = opened.send(Ok(inbox));
+                    keeper.await;
+                }
+                Some(Err(error)) => drop(opened.send(Err(error))),
+                None => {}
+            }
+        });
+        Ok(Box::new(inbox.await.unwrap_or_else(|_| Err(closed()))?))
     }
 
     async fn subscribe(
@@ -232,29 +242,42 @@ impl Transport for AmqpTransport {
             marker: naming::random_marker(),
         });
         let claim = self.claims.claim(service, exclusive)?;
+        let (consume, publish) = (self.consume.clone(), self.publish.clone());
+        let (members, undeliverable) = (Arc::clone(&self.members), Arc::clone(&self.undeliverable));
         let closing = self.shutdown.tasks_token.clone();
-        let open = Intake::open(self.consume.clone(), Arc::clone(&plan));
-        let intake = match closing.run_until_cancelled(open).await {
-            Some(Ok(intake)) => intake,
-            Some(Err(failure)) => return Err(failure.into_error(&format!("serving {service}"))),
-            None => return Err(closed()),
-        };
-        let route = Route {
-            plan,
-            consume: self.consume.clone(),
-            publish: self.publish.clone(),
-            member: self.members.enter(intake.session.number),
-            _claim: claim,
-            closing,
-            undeliverable: Arc::clone(&self.undeliverable),
-        };
-        let (deliveries, delivery_receiver) = mpsc::unbounded_channel();
-        let commands = mpsc::unbounded_channel();
-        let over = Arc::new(OnceLock::new());
-        let subscription =
-            AmqpSubscription::new(delivery_receiver, commands.0.clone(), Arc::clone(&over));
-        let courier = Courier::new(route, intake, deliveries, commands, over);
-        self.spawn(courier.run());
+        let (opened, subscription) = oneshot::channel();
+        // In a task of its own, so that nobody owns a service for somebody who waits for it no more.
+        self.spawn(async move {
+            let open = Intake::open(consume.clone(), Arc::clone(&plan));
+            let intake = match closing.run_until_cancelled(open).await {
+                Some(Ok(intake)) => intake,
+                Some(Err(failure)) => {
+                    let doing = format!("serving {}", plan.names.main);
+                    return drop(opened.send(Err(failure.into_error(&doing))));
+                }
+                None => return,
+            };
+            let route = Route {
+                member: members.enter(intake.session.number),
+                plan,
+                consume,
+                publish,
+                _claim: claim,
+                closing,
+                undeliverable,
+            };
+            let (deliveries, receiver) = mpsc::unbounded_channel();
+            let commands = mpsc::unbounded_channel();
+            let over = Arc::new(OnceLock::new());
+            let subscription =
+                AmqpSubscription::new(receiver, commands.0.clone(), Arc::clone(&over));
+            // Dropped if nobody waits for it, which stops it.
+            let _ = opened.send(Ok(subscription));
+            Courier::new(route, intake, deliveries, commands, over)
+                .run()
+                .await;
+        });
+        let subscription = subscription.await.unwrap_or_else(|_| Err(closed()))?;
         Ok(Box::new(subscription))
     }
 

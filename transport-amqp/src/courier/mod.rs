@@ -203,7 +203,7 @@ impl Courier {
 
     fn is_prompt(&self) -> bool {
         let prefetch = self.route.plan.prefetch;
-        prefetch < PROMPT_PREFETCH || self.held.len() >= prefetch / 2
+        prefetch < PROMPT_PREFETCH || self.handed > prefetch / 2
     }
 
     fn next_wake(&mut self) -> Option<Instant> {
@@ -221,7 +221,8 @@ impl Courier {
         let stale = self.waiting.front().and_then(|key| self.goes_back(key));
         // No connection to publish on: its return wakes us, or a look now and then.
         let unsent = (!self.unsent.is_empty()).then(|| Instant::now() + RETURNED_RETRY);
-        let wakes = [self.tick, later, stale, unsent];
+        let ask = self.sent.due();
+        let wakes = [self.tick, later, stale, unsent, ask];
         wakes.into_iter().flatten().min()
     }
 
@@ -243,6 +244,7 @@ impl Courier {
             }
             self.flush();
         }
+        self.ask();
         let unsent = &mut self.unsent;
         self.later.retain(|(at, key)| {
             let due = *at <= now;

@@ -22,6 +22,9 @@ const DECLARE_RETRY: Duration = Duration::from_secs(1);
 /// So often may the channel die with a message before it is thought to be the reason.
 const DEATHS_MAX: u32 = 3;
 
+/// How often at most the broker is asked whether it has read the acknowledgements, when no handler waits for that.
+const ASK_EVERY: Duration = Duration::from_millis(5);
+
 /// How long a consumer that was cancelled with deliveries in hand may still be counted once these are settled.
 const CONSUMER_LINGERS: Duration = Duration::from_millis(200);
 
@@ -31,6 +34,8 @@ pub(super) struct Sent {
     asking: Option<BoxFuture<'static, bool>>,
     asked: Vec<u64>,
     next: Vec<u64>,
+    /// When the broker may be asked again.
+    not_before: Option<Instant>,
 }
 
 impl Sent {
@@ -40,6 +45,12 @@ impl Sent {
             Some(asking) => asking.await,
             None => std::future::pending().await,
         }
+    }
+
+    /// When the next question is due, if one waits.
+    pub(super) fn due(&self) -> Option<Instant> {
+        let waits = self.asking.is_none() && !self.next.is_empty();
+        self.not_before.filter(|_| waits)
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -211,13 +222,18 @@ impl Courier {
 
     /// The broker does not answer acknowledgements. It works them off in order, so the answer to a question behind them is theirs: who
     /// was told that a request is settled can go away, and nobody will get it again.
-    fn ask(&mut self) {
+    pub(super) fn ask(&mut self) {
         let Some(intake) = &self.intake else {
             return;
         };
         if self.sent.asking.is_some() || self.sent.next.is_empty() {
             return;
         }
+        let now = Instant::now();
+        if self.sent.not_before.is_some_and(|at| now < at) && !self.stopping {
+            return;
+        }
+        self.sent.not_before = Some(now + self.asks_after());
         self.sent.asked = std::mem::take(&mut self.sent.next);
         let last = self.stopping && self.sent.asked.len() == self.held.len();
         let (session, plan) = (Arc::clone(&intake.session), Arc::clone(&self.route.plan));
@@ -231,6 +247,15 @@ impl Courier {
             answered
         };
         self.sent.asking = Some(asking.boxed());
+    }
+
+    /// How long to gather acknowledgements for one question. They hold nobody up but who waits for a shutdown; only a server that
+    /// does one thing at a time goes on when it knows.
+    fn asks_after(&self) -> Duration {
+        match self.is_prompt() {
+            true => Duration::ZERO,
+            false => ASK_EVERY,
+        }
     }
 
     /// The broker answered, or will not: on with the next.

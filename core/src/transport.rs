@@ -42,7 +42,8 @@ pub trait Transport: Debug + Send + Sync + 'static {
     /// **Errors**: `Invalid` for a reply address that neither this transport nor a plain peer of its broker could have made;
     /// `NoResponder` if it was asked for and nobody serves; `ConnectionLost` if it was written and not
     /// accepted; `Overloaded` if the broker has no room. Executed is `No` only if that is certain.
-    /// *Checked by* `round_trip/*`, `no_responder/*`, `reconnect/blocked_requests_are_not_sent_late`.
+    /// *Checked by* `round_trip/*`, `no_responder/*`, `deadlines/waiting_to_be_sent_counts`,
+    /// `reconnect/blocked_requests_are_not_sent_late`.
     async fn send(&self, message: Outbound) -> Result<(), Error>;
 
     /// Opens a private reply address.

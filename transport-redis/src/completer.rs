@@ -1,5 +1,6 @@
 //! Settles deliveries: whatever has piled up, in one trip.
 
+use std::collections::VecDeque;
 use std::mem;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -9,10 +10,11 @@ use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use tokio::sync::{Notify, oneshot};
+use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::RedisConfig;
-use crate::connection::Link;
+use crate::connection::{Backoff, Link};
 use crate::error;
 use crate::naming::InboxKeys;
 use crate::session::{Session, Token};
@@ -36,6 +38,8 @@ pub(crate) struct Item {
     pub(crate) done: Option<oneshot::Sender<Result<(), Error>>>,
     /// It was written before, and nobody knows if it was executed.
     pub(crate) repeated: bool,
+    /// The batch that it was in was refused for good, so it is asked for by itself.
+    pub(crate) alone: bool,
 }
 
 impl Item {
@@ -51,11 +55,17 @@ impl Item {
             end,
             done,
             repeated: false,
+            alone: false,
         }
     }
 
-    pub(crate) fn finish(self, result: Result<(), Error>) {
-        if let Some(done) = self.done {
+    pub(crate) fn finish(mut self, result: Result<(), Error>) {
+        self.tell(result);
+    }
+
+    /// Tells whoever waits for it, once.
+    pub(crate) fn tell(&mut self, result: Result<(), Error>) {
+        if let Some(done) = self.done.take() {
             // Nobody waits for a settlement whose future was dropped.
             let _ = done.send(result);
         }
@@ -122,9 +132,12 @@ pub(crate) struct Completer {
 
 #[derive(Debug, Default)]
 struct Queue {
-    items: Vec<Item>,
+    items: VecDeque<Item>,
     leaving: Vec<Arc<Session>>,
     closed: bool,
+    /// How long to wait after a refusal, and until when.
+    backoff: Backoff,
+    paused: Option<Instant>,
 }
 
 impl Completer {
@@ -137,7 +150,7 @@ impl Completer {
             item.finish(Err(error::closed()));
             return;
         }
-        queue.items.push(item);
+        queue.items.push_back(item);
         drop(queue);
         self.arrived.notify_one();
     }
@@ -171,23 +184,37 @@ impl Completer {
                 fits
             })
             .count();
-        let rest = queue.items.split_off(count);
-        let items = mem::replace(&mut queue.items, rest);
         Batch {
-            items,
+            items: queue.items.drain(..count).collect(),
             leaving: mem::take(&mut queue.leaving),
         }
     }
 
     /// Puts back what may not have been executed.
-    pub(crate) fn put_back(&self, mut items: Vec<Item>, leaving: Vec<Arc<Session>>) {
-        for item in &mut items {
-            item.repeated = true;
-        }
+    pub(crate) fn put_back(&self, items: Vec<Item>, leaving: Vec<Arc<Session>>) {
         let mut queue = self.lock();
-        items.append(&mut queue.items);
-        queue.items = items;
+        for mut item in items.into_iter().rev() {
+            item.repeated = true;
+            queue.items.push_front(item);
+        }
         queue.leaving.extend(leaving);
+    }
+
+    /// Notes if Redis refused something: then there is a pause before the next batch, longer each time.
+    pub(crate) fn note(&self, refused: bool) {
+        let mut queue = self.lock();
+        if refused {
+            let pause = queue.backoff.next();
+            queue.paused = Some(Instant::now() + pause);
+        } else {
+            queue.backoff = Backoff::default();
+            queue.paused = None;
+        }
+    }
+
+    /// Until when nothing is settled.
+    fn paused(&self) -> Option<Instant> {
+        self.lock().paused.filter(|until| *until > Instant::now())
     }
 
     /// Ends the queue: what is still in it was not settled.
@@ -213,7 +240,8 @@ impl Completer {
         let mut waves = FuturesUnordered::new();
         loop {
             let room = waves.len() < WAVES;
-            if room && !self.is_empty() {
+            let paused = self.paused();
+            if room && paused.is_none() && !self.is_empty() {
                 self.drop_lost();
                 let live = match link.now() {
                     Some(live) => Some(live),
@@ -235,12 +263,13 @@ impl Completer {
                 }
                 continue;
             }
-            if ending.is_cancelled() && waves.is_empty() {
+            if ending.is_cancelled() && waves.is_empty() && self.is_empty() {
                 break;
             }
             tokio::select! {
                 Some(()) = waves.next() => {}
-                () = self.arrived.notified(), if room => {}
+                () = self.arrived.notified(), if room && paused.is_none() => {}
+                () = sleep_until(paused.unwrap_or_else(Instant::now)), if paused.is_some() => {}
                 () = ending.cancelled(), if !ending.is_cancelled() => {}
             }
         }
@@ -258,11 +287,11 @@ impl Completer {
                 .any(|item| item.session.lease.is_cancelled())
             {
                 let items = mem::take(&mut queue.items);
-                let (gone, kept) = items
+                let (gone, kept): (VecDeque<_>, VecDeque<_>) = items
                     .into_iter()
                     .partition(|item| item.session.lease.is_cancelled());
                 queue.items = kept;
-                lost = gone;
+                lost = gone.into();
             }
             queue
                 .leaving

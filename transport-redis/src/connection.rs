@@ -26,6 +26,9 @@ const ATTEMPT: Duration = Duration::from_secs(2);
 /// The most time for an answer to anything that does not block; a socket that is slower is given up.
 pub(crate) const ANSWER: Duration = Duration::from_secs(5);
 
+/// The most time for the first connection, whatever is configured: what is longer than this is for ever.
+const CONNECT_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
+
 /// The longest pause between two attempts to connect.
 const PAUSE_MAX: Duration = Duration::from_secs(1);
 
@@ -106,11 +109,26 @@ pub(crate) struct Live {
 }
 
 impl Live {
-    /// Runs commands in one trip, and gives each one's answer, errors of the server among them. A connection on which it
-    /// fails is given up.
+    /// Runs commands in one trip, and gives each one's answer, errors of the server among them. Scripts that are missing are
+    /// loaded, and run after the rest. A connection on which it fails is given up, and one to a server that takes no
+    /// writes for now.
     pub(crate) async fn execute(&mut self, pipeline: &Pipeline) -> RedisResult<Vec<Value>> {
         let answers = execute(&mut self.connection, pipeline).await;
-        if answers.is_err() {
+        self.judge(answers)
+    }
+
+    /// The same, with missing scripts left missing: for commands whose order matters.
+    pub(crate) async fn execute_as_is(&mut self, pipeline: &Pipeline) -> RedisResult<Vec<Value>> {
+        let answers = execute_as_is(&mut self.connection, pipeline).await;
+        self.judge(answers)
+    }
+
+    fn judge(&self, answers: RedisResult<Vec<Value>>) -> RedisResult<Vec<Value>> {
+        let given_up = match &answers {
+            Ok(answers) => error::first_refusal(answers).is_some_and(error::is_elsewhere),
+            Err(_) => true,
+        };
+        if given_up {
             self.broken.cancel();
         }
         answers
@@ -157,7 +175,7 @@ pub(crate) async fn execute_as_is(
     }
 }
 
-fn is_missing_script(value: &Value) -> bool {
+pub(crate) fn is_missing_script(value: &Value) -> bool {
     matches!(value, Value::ServerError(error) if error.kind() == Some(ServerErrorKind::NoScript))
 }
 
@@ -196,7 +214,7 @@ pub(crate) async fn connect(
     config: &RedisConfig,
     clock: &Clock,
 ) -> Result<Live, Error> {
-    let end = Instant::now() + config.connect_timeout;
+    let end = Instant::now() + config.connect_timeout.min(CONNECT_MAX);
     let late = || {
         let message = format!(
             "cannot connect to Redis within {:?}",
@@ -249,7 +267,9 @@ pub(crate) async fn supervise(
     ending: CancellationToken,
 ) {
     let mut live = first;
+    let mut backoff = Backoff::default();
     loop {
+        let since = Instant::now();
         if ending
             .run_until_cancelled(live.broken.cancelled())
             .await
@@ -265,7 +285,12 @@ pub(crate) async fn supervise(
             },
         );
         tracing::info!("the connection to Redis was lost");
-        let mut backoff = Backoff::default();
+        if since.elapsed() > PAUSE_MAX {
+            backoff = Backoff::default();
+        } else if ending.run_until_cancelled(backoff.pause()).await.is_none() {
+            // A server that takes connections and refuses all else, such as a replica, is not asked without a pause.
+            return;
+        }
         live = loop {
             let Some(mut opened) = connector.open_patiently(ANSWER, &ending).await else {
                 return;
@@ -329,7 +354,7 @@ impl Backoff {
 
     pub(crate) fn next(&mut self) -> Duration {
         let span = PAUSE_MAX.min(Duration::from_millis(50) * (1 << self.0.min(8)));
-        self.0 += 1;
+        self.0 = self.0.saturating_add(1);
         random_part(span)
     }
 }

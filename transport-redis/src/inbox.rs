@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::completer::millis;
-use crate::connection::{Backoff, Live};
+use crate::connection::{self, Backoff, Live};
 use crate::frame;
 use crate::naming::{self, InboxKeys};
 use crate::transport::Shared;
@@ -126,18 +126,17 @@ impl Reader {
         self.bodies.clear();
         self.acknowledged = Instant::now();
         let mut pipeline = Pipeline::new();
-        pipeline
-            .cmd("SET")
-            .arg(self.keys.epoch())
+        let mut command = scripts::BEGIN.on(&[&self.keys.epoch(), self.keys.list()]);
+        command
             .arg(&self.epoch)
-            .arg("PX")
             .arg(self.epoch_ttl())
-            .arg("GET");
-        match live.execute(&pipeline).await?.pop() {
-            Some(Value::ServerError(error)) => Err(error.into()),
-            Some(Value::Nil) | None => Ok(false),
-            Some(_) => Ok(true),
+            .arg(millis(self.shared.config.inbox_ttl));
+        pipeline.add_command(command);
+        let answers = live.execute(&pipeline).await?;
+        if let Some(error) = error::first_refusal(&answers) {
+            return Err(error.clone().into());
         }
+        Ok(answers.first() == Some(&Value::Int(1)))
     }
 
     async fn run(mut self, events: mpsc::Sender<InboxEvent>, ending: CancellationToken) {
@@ -166,9 +165,8 @@ impl Reader {
                     continue;
                 }
             }
-            backoff = Backoff::default();
             match ending
-                .run_until_cancelled(self.read(live, &events, ghost_until))
+                .run_until_cancelled(self.read(live, &events, ghost_until, &mut backoff))
                 .await
             {
                 Some(Ok(())) | None => break,
@@ -196,6 +194,7 @@ impl Reader {
         mut live: Live,
         events: &mpsc::Sender<InboxEvent>,
         ghost_until: Instant,
+        backoff: &mut Backoff,
     ) -> RedisResult<()> {
         let mut wait = false;
         loop {
@@ -233,8 +232,21 @@ impl Reader {
                 .arg(self.keys.list())
                 .arg(self.read)
                 .arg(self.read + PAGE - 1);
-            let mut answers = live.execute(&pipeline).await?;
-            if acknowledges && answers.first() == Some(&Value::Int(0)) {
+            // As they are: an acknowledgement that was called again after the list was read would trim what is behind it.
+            let mut answers = live.execute_as_is(&pipeline).await?;
+            let acknowledged = match answers.first() {
+                Some(answer) if acknowledges => Some(answer),
+                _ => None,
+            };
+            if acknowledged.is_some_and(connection::is_missing_script) {
+                // What was read is read again, from the beginning.
+                if !self.begin(&mut live).await? && events.send(lost()).await.is_err() {
+                    return Ok(());
+                }
+                wait = false;
+                continue;
+            }
+            if acknowledged == Some(&Value::Int(0)) {
                 // The broker lost the inbox: by FLUSHALL, a failover, or while this host was asleep.
                 self.begin(&mut live).await?;
                 wait = false;
@@ -243,9 +255,12 @@ impl Reader {
                 }
                 continue;
             }
+            if let Some(error) = error::first_refusal(&answers) {
+                return Err(error.clone().into());
+            }
+            *backoff = Backoff::default();
             let frames = match answers.pop() {
                 Some(Value::Array(frames)) => frames,
-                Some(Value::ServerError(error)) => return Err(error.into()),
                 _ => Vec::new(),
             };
             wait = frames.len() < PAGE;
@@ -305,6 +320,10 @@ impl Reader {
                     Value::BulkString(body) => {
                         self.bytes += body.len();
                         reply.body = body.into();
+                    }
+                    // Nothing of this page is acknowledged: it is read again.
+                    Value::ServerError(error) if !error::is_lasting(&error) => {
+                        return Err(error.into());
                     }
                     _ => {
                         let reason = "the reply's body is gone".to_owned();

@@ -20,6 +20,7 @@ macro_rules! steps {
 steps! {
     ACK = "lua/ack.lua";
     BEAT = "lua/beat.lua";
+    BEGIN = "lua/begin.lua";
     CLAIM = "lua/claim.lua";
     DONE = "lua/done.lua";
     GIVE_BACK = "lua/give_back.lua";

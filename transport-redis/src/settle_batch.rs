@@ -71,9 +71,10 @@ impl Batch {
         let mut groups: Vec<Group> = Vec::new();
         for item in self.items {
             match &item.end {
+                End::Plain { .. } if item.alone => groups.push(Group::of(item)),
                 End::Plain { .. } => match groups
                     .iter_mut()
-                    .find(|group| Arc::ptr_eq(&group.session, &item.session))
+                    .find(|group| !group.alone && Arc::ptr_eq(&group.session, &item.session))
                 {
                     Some(group) => group.add(item),
                     None => groups.push(Group::of(item)),
@@ -119,6 +120,8 @@ impl Batch {
 /// The small ends of one session.
 struct Group {
     session: Arc<Session>,
+    /// It takes no second item.
+    alone: bool,
     silent: Vec<Item>,
     inboxes: Vec<(InboxKeys, Vec<Item>)>,
     index: HashMap<InboxKeys, usize>,
@@ -129,6 +132,7 @@ impl Group {
         let session = Arc::clone(&item.session);
         let mut group = Self {
             session,
+            alone: item.alone,
             silent: Vec::new(),
             inboxes: Vec::new(),
             index: HashMap::new(),
@@ -287,6 +291,7 @@ fn conclude(answers: RedisResult<Vec<Value>>, sent: Vec<Sent>, completer: &Compl
             return;
         }
     };
+    let mut refused = error::first_refusal(&answers).is_some();
     for (entry, answer) in sent.into_iter().zip(answers) {
         match entry {
             Sent::Body => {}
@@ -295,34 +300,36 @@ fn conclude(answers: RedisResult<Vec<Value>>, sent: Vec<Sent>, completer: &Compl
                     session.lease.cancel();
                 }
             }
-            Sent::Leave(session) => session.leave(),
+            Sent::Leave(session) => match answer {
+                Value::ServerError(error) if !error::is_lasting(&error) => leaving.push(session),
+                // Refused for good, it is not renewed any more, and ended by a monitor.
+                _ => session.leave(),
+            },
             Sent::Many(items) => match &answer {
                 Value::BulkString(bits) if bits.len() == items.len() => {
                     for (item, &bit) in items.into_iter().zip(bits) {
                         settled(item, bit == b'1', completer);
                     }
                 }
-                other => {
-                    for item in items {
-                        failed(item, error::unexpected("DONE", other), completer);
-                    }
-                }
+                other => again.extend(unsettled(items, other, completer)),
             },
             Sent::One(mut item) => match answer {
                 Value::Int(2) => {
                     if let End::Full(full) = &mut item.end
                         && let Some(body) = &mut full.reply_body
                     {
+                        refused |= body.by_script;
                         body.by_script = true;
                     }
                     again.push(item);
                 }
                 Value::Int(bit) => settled(item, bit == 1, completer),
-                other => failed(item, error::unexpected("SETTLE", &other), completer),
+                other => again.extend(unsettled(vec![item], &other, completer)),
             },
         }
     }
-    if !again.is_empty() {
+    completer.note(refused);
+    if !again.is_empty() || !leaving.is_empty() {
         completer.put_back(again, leaving);
     }
 }
@@ -339,9 +346,40 @@ fn settled(item: Item, held: bool, completer: &Completer) {
     let_go(item, result, completer);
 }
 
-fn failed(item: Item, error: Error, completer: &Completer) {
-    tracing::warn!(%error, "a delivery could not be settled");
-    let_go(item, Err(error), completer);
+/// What is to be asked of items that Redis refused to settle. None of them is let go while its session may still hold it:
+/// the lease would be renewed, and the request in nobody's hands.
+fn unsettled(items: Vec<Item>, answer: &Value, completer: &Completer) -> Vec<Item> {
+    if let Value::ServerError(error) = answer
+        && !error::is_lasting(error)
+    {
+        tracing::debug!(code = error.code(), "settling is tried again");
+        return items;
+    }
+    let is_single = items.len() == 1;
+    let mut again = Vec::new();
+    for mut item in items {
+        if !is_single {
+            // One of them may be the reason.
+            item.alone = true;
+            again.push(item);
+            continue;
+        }
+        let error = error::unexpected("settling", answer);
+        tracing::warn!(%error, "a delivery could not be settled");
+        if let End::GiveBack { .. } = item.end {
+            // Only the end of the session helps: then all that it holds goes back.
+            item.session.lease.cancel();
+            let_go(item, Err(error), completer);
+        } else {
+            item.tell(Err(error));
+            item.end = End::GiveBack {
+                attempt: item.token.attempt.saturating_add(1),
+                keep: QUEUE_TTL,
+            };
+            again.push(item);
+        }
+    }
+    again
 }
 
 fn let_go(item: Item, result: Result<(), Error>, completer: &Completer) {

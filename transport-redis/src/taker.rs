@@ -39,6 +39,14 @@ pub(crate) struct Taker {
     next: u64,
 }
 
+/// Why a session could not be registered.
+enum Refusal {
+    /// It will not be, as things are.
+    Final(Error),
+    /// It may be, if it is tried again.
+    ForNow(Error),
+}
+
 /// Why taking ended.
 enum Exit {
     Stopped,
@@ -67,8 +75,10 @@ impl Taker {
             session: Arc::clone(&session),
             next: 0,
         };
-        taker.join(&session, None).await?;
-        Ok(taker)
+        match taker.join(&session, None).await {
+            Ok(()) => Ok(taker),
+            Err(Refusal::Final(error) | Refusal::ForNow(error)) => Err(error),
+        }
     }
 
     /// Takes until it is stopped.
@@ -108,24 +118,53 @@ impl Taker {
         self.retire(&self.session).await;
     }
 
-    /// Goes on under a new name: what the old one still has on its way is refused.
+    /// Goes on under a new name: what the old one still has on its way is refused. Fails if others own the service, and
+    /// if the queue is of another kind; all else is tried until it is stopped.
     async fn succeed(&mut self) -> Result<(), Error> {
         let old = Arc::clone(&self.session);
         let session = Session::new(&self.keys, &self.slots);
-        // Before the old one leaves, or somebody else might become the owner in between.
-        let follows = (!old.lease.is_cancelled()).then_some(&*old);
-        self.join(&session, follows).await?;
+        let mut backoff = Backoff::default();
+        // Before the old one leaves, or somebody else might become the owner in between. Also if its lease is over by our
+        // clock: as long as the registry shows it as the owner, nobody else was let in.
+        while let Err(refusal) = self.join(&session, Some(&old)).await {
+            let error = match refusal {
+                Refusal::Final(error) => return Err(error),
+                Refusal::ForNow(error) => error,
+            };
+            tracing::debug!(%error, "a subscription waits for Redis");
+            let pause = backoff.pause();
+            if self.stopping.run_until_cancelled(pause).await.is_none() {
+                // It may be registered, if an answer was lost.
+                self.undo(&session).await;
+                return Err(error::closed());
+            }
+        }
         self.retire(&old).await;
         self.session = session;
         self.next = 0;
         Ok(())
     }
 
-    /// Registers a session; as the successor of another one if it still owns the service.
-    async fn join(&self, session: &Arc<Session>, follows: Option<&Session>) -> Result<(), Error> {
+    /// Takes a session off the registry that is not used, if that can be done now; if not, its lease ends by itself.
+    async fn undo(&self, session: &Session) {
+        session.leave();
+        let mut pipeline = Pipeline::new();
+        pipeline.add_command(leave(session));
+        self.shared.link.try_execute(&pipeline).await;
+    }
+
+    /// Registers a session; as the successor of another one if that still owns the service.
+    async fn join(&self, session: &Arc<Session>, follows: Option<&Session>) -> Result<(), Refusal> {
         let mode = match self.options.mode {
+            SubscribeMode::Shared => "shared",
             SubscribeMode::Exclusive => "exclusive",
-            _ => "shared",
+            other => {
+                let message = format!("the mode {other:?} is not known to this transport");
+                return Err(Refusal::Final(Error::not_executed(
+                    ErrorKind::Unsupported,
+                    message,
+                )));
+            }
         };
         for _ in 0..JOIN_ROUNDS {
             let mut live = self
@@ -134,7 +173,7 @@ impl Taker {
                 .clone()
                 .ready(&self.stopping)
                 .await
-                .ok_or_else(error::closed)?;
+                .ok_or_else(|| Refusal::Final(error::closed()))?;
             let mut command =
                 scripts::JOIN.on(&[&self.keys.sessions, &self.keys.live, &self.keys.owner]);
             command
@@ -155,9 +194,16 @@ impl Taker {
             let [kind, answer] = answers.as_slice() else {
                 continue;
             };
+            if let Value::ServerError(error) = kind {
+                return Err(Refusal::ForNow(error::refused(error)));
+            }
             if !matches!(kind, Value::SimpleString(kind) if kind == "list" || kind == "none") {
+                self.undo(session).await;
                 let message = format!("{} is not a list", self.keys.queue);
-                return Err(Error::not_executed(ErrorKind::Broker, message));
+                return Err(Refusal::Final(Error::not_executed(
+                    ErrorKind::Broker,
+                    message,
+                )));
             }
             match answer {
                 Value::Int(0..) => {
@@ -167,14 +213,19 @@ impl Taker {
                         config,
                         ..
                     } = &*self.shared;
-                    return leases.add(Arc::clone(session), asked, connector, config.lease);
+                    return leases
+                        .add(Arc::clone(session), asked, connector, config.lease)
+                        .map_err(Refusal::ForNow);
                 }
                 Value::Int(_) => {
                     let message = match self.options.mode {
                         SubscribeMode::Exclusive => "the service is served or owned by others",
                         _ => "the service has an exclusive owner",
                     };
-                    return Err(Error::not_executed(ErrorKind::AlreadyOwned, message));
+                    return Err(Refusal::Final(Error::not_executed(
+                        ErrorKind::AlreadyOwned,
+                        message,
+                    )));
                 }
                 Value::Array(over) => {
                     let mut pipeline = Pipeline::new();
@@ -190,13 +241,13 @@ impl Taker {
                     // If it breaks, the next round finds out.
                     let _ = live.execute(&pipeline).await;
                 }
-                other => return Err(error::unexpected("JOIN", other)),
+                other => return Err(Refusal::ForNow(error::unexpected("JOIN", other))),
             }
         }
-        Err(Error::not_executed(
+        Err(Refusal::ForNow(Error::not_executed(
             ErrorKind::AlreadyOwned,
             "the service's former owner is still being cleared away",
-        ))
+        )))
     }
 
     /// Ends the taking of a session. What it holds stays settleable; what it took without our knowing goes back.
@@ -212,8 +263,10 @@ impl Taker {
         ]);
         command.arg(&session.name).arg(millis(QUEUE_TTL));
         pipeline.add_command(command);
+        let mut backoff = Backoff::default();
         let tokens = loop {
             if session.lease.is_cancelled() {
+                self.reclaim_own(session).await;
                 return;
             }
             // At close the registry is cleared for all sessions at once, whether this succeeds or not.
@@ -225,11 +278,21 @@ impl Taker {
                     self.shared.link.clone().ready(&self.shared.ending).await
                 }
             };
-            let Some(Some(mut live)) = session.lease.run_until_cancelled(ready).await else {
+            let Some(ready) = session.lease.run_until_cancelled(ready).await else {
+                continue;
+            };
+            let Some(mut live) = ready else {
                 return;
             };
-            match live.execute(&pipeline).await {
-                Ok(answers) => break answers.into_iter().next(),
+            match live
+                .execute(&pipeline)
+                .await
+                .map(|mut answers| answers.pop())
+            {
+                Ok(Some(Value::ServerError(error))) if !error::is_lasting(&error) && !ended => {
+                    session.lease.run_until_cancelled(backoff.pause()).await;
+                }
+                Ok(answer) => break answer,
                 Err(_) if ended => return,
                 Err(_) => {}
             }
@@ -264,9 +327,28 @@ impl Taker {
         // At once and not by the completer: whoever waits for the end of a subscription may subscribe again.
         let mut pipeline = Pipeline::new();
         pipeline.add_command(leave(session));
-        match self.shared.link.try_execute(&pipeline).await {
-            Some(_) => session.leave(),
-            None => self.shared.completer.leave(Arc::clone(session)),
+        match self.shared.link.try_execute(&pipeline).await.as_deref() {
+            Some([Value::Int(_)]) => session.leave(),
+            _ => self.shared.completer.leave(Arc::clone(session)),
+        }
+    }
+
+    /// Returns what a session of ours held whose lease is over by our clock. A renewal that was late may have prolonged it
+    /// in the registry, and there is no need to wait for its end.
+    async fn reclaim_own(&self, session: &Session) {
+        let mut pipeline = Pipeline::new();
+        pipeline.add_command(leave(session));
+        let mut backoff = Backoff::default();
+        loop {
+            let answers = self.shared.link.try_execute(&pipeline).await;
+            if matches!(answers.as_deref(), Some([Value::Int(_)])) {
+                return;
+            }
+            // Once stopped this is left to the monitors.
+            let pause = backoff.pause();
+            if self.stopping.run_until_cancelled(pause).await.is_none() {
+                return;
+            }
         }
     }
 
@@ -347,6 +429,15 @@ impl Taker {
             tracing::debug!(%error, "work is taken again");
             Exit::Broken
         })?;
+        // If only the bell or the clock was refused, the work is here all the same.
+        let refused = error::first_refusal(&answers).cloned();
+        if let Some(error) = &refused {
+            tracing::warn!(
+                queue = self.keys.queue,
+                code = error.code(),
+                "work cannot be taken"
+            );
+        }
         let time = answers.pop();
         let claimed = match answers.pop() {
             Some(Value::Int(_)) => {
@@ -358,18 +449,21 @@ impl Taker {
             None => None,
         };
         let Some(mut claimed) = claimed else {
-            tracing::warn!(queue = self.keys.queue, "work cannot be taken");
             return Err(Exit::Broken);
         };
         let frames = std::mem::take(&mut claimed.frames);
         if frames.is_empty() {
-            return Ok(claimed);
+            return match refused {
+                Some(_) => Err(Exit::Broken),
+                None => Ok(claimed),
+            };
         }
         let now = time
             .as_ref()
             .and_then(crate::connection::time_of)
-            .unwrap_or_default()
-            / 1000;
+            .map(|micros| micros / 1000)
+            .or_else(|| self.shared.clock.now())
+            .unwrap_or_default();
         let first = self.next;
         self.next += frames.len() as u64;
         self.session.hold(frames.len());
@@ -380,7 +474,10 @@ impl Taker {
         let work = tokens.zip(frames).collect();
         let taken = claim::deliveries(&self.shared, &self.session, work, now).await;
         self.buffer.add(taken);
-        Ok(claimed)
+        match refused {
+            Some(_) => Err(Exit::Broken),
+            None => Ok(claimed),
+        }
     }
 }
 

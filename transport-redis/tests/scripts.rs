@@ -435,3 +435,42 @@ async fn an_owner_and_others_exclude_each_other() {
         Value::Int(-1)
     );
 }
+
+#[tokio::test]
+async fn an_owner_that_asks_again_keeps_its_number() {
+    let Some(broker) = Broker::any().await else {
+        return;
+    };
+    let mut redis = broker.plain().await;
+    let service = fresh_service();
+    let connection = redis.clone();
+    let join = |name: &'static str, follows: &'static str| {
+        let script = Script::new(JOIN);
+        let mut redis = connection.clone();
+        let service = service.clone();
+        async move {
+            let mut invocation = script.prepare_invoke();
+            for suffix in ["s", "l", "x"] {
+                invocation.key(format!("{{{service}}}:{suffix}"));
+            }
+            invocation.arg(name).arg("exclusive").arg(600_000);
+            invocation.arg(follows).arg(TTL);
+            invocation.invoke_async::<i64>(&mut redis).await.unwrap()
+        }
+    };
+    for _ in 0..3 {
+        assert_eq!(join("one", "").await, 1);
+    }
+    assert_eq!(join("two", "").await, -1);
+    assert_eq!(join("two", "one").await, 2);
+    assert_eq!(join("two", "one").await, 2);
+    assert_eq!(join("one", "").await, -1);
+    let _: () = redis
+        .del(
+            ["s", "l", "x"]
+                .map(|suffix| format!("{{{service}}}:{suffix}"))
+                .to_vec(),
+        )
+        .await
+        .unwrap();
+}

@@ -15,16 +15,20 @@ local reply_body = next_key('b')
 local request_body = next_key('q')
 local dead = next_key('d')
 if reply_body and redis.call('EXISTS', reply_body) == 0 then return 2 end
-local frame = dead and redis.call('HGET', KEYS[1], ARGV[2])
+if dead then
+  -- First, so that it is still held if this fails.
+  local frame = redis.call('HGET', KEYS[1], ARGV[2])
+  if not frame then return 0 end
+  redis.call('RPUSH', dead, ARGV[5] .. '\n' .. frame)
+  redis.call('LTRIM', dead, -tonumber(ARGV[6]), -1)
+end
 if redis.call('HDEL', KEYS[1], ARGV[2]) == 0 then return 0 end
 if inbox then
   if redis.pcall('RPUSH', inbox, ARGV[4]) == 1 then redis.call('PEXPIRE', inbox, ARGV[1]) end
   if redis.pcall('ZADD', bell, 0, '1') == 1 then redis.call('PEXPIRE', bell, ARGV[1]) end
 end
-if dead then
-  redis.call('RPUSH', dead, ARGV[5] .. '\n' .. frame)
-  redis.call('LTRIM', dead, -tonumber(ARGV[6]), -1)
-  if request_body then redis.call('PEXPIRE', request_body, ARGV[7]) end
+if request_body and dead then
+  redis.call('PEXPIRE', request_body, ARGV[7])
 elseif request_body then
   redis.call('UNLINK', request_body)
 end

@@ -1,0 +1,285 @@
+//! What Redis refuses, for a while or for good, and what becomes of the requests.
+
+mod support;
+
+use std::time::{Duration, Instant};
+
+use antiphon_core::transport::{InboxEvent, Incoming, SubscribeOptions};
+use antiphon_core::{Reply, Transport};
+use antiphon_redis::RedisTransport;
+use redis::AsyncCommands;
+use redis::aio::MultiplexedConnection;
+
+use support::{Broker, deliveries, delivery, fresh_service, reply, request, send, within};
+
+const BUDGET: Duration = Duration::from_secs(20);
+const LEASE: Duration = Duration::from_millis(600);
+
+async fn configure(plain: &mut MultiplexedConnection, name: &str, value: &str) {
+    let _: () = redis::cmd("CONFIG")
+        .arg("SET")
+        .arg(name)
+        .arg(value)
+        .query_async(plain)
+        .await
+        .unwrap();
+}
+
+async fn error_replies(plain: &mut MultiplexedConnection) -> u64 {
+    let info: String = redis::cmd("INFO")
+        .arg("stats")
+        .query_async(plain)
+        .await
+        .unwrap();
+    let line = info
+        .lines()
+        .find_map(|line| line.strip_prefix("total_error_replies:"));
+    line.unwrap().trim().parse().unwrap()
+}
+
+#[tokio::test]
+async fn writes_that_are_refused_for_a_while_cost_nothing() {
+    let Some(broker) = Broker::private(&[]).await else {
+        return;
+    };
+    let (server, client) = (broker.connect().await, broker.connect().await);
+    let service = fresh_service();
+    let mut subscription = server
+        .subscribe(&service, SubscribeOptions::exclusive(8))
+        .await
+        .unwrap();
+    let mut inbox = client.open_inbox().await.unwrap();
+    let mut held = Vec::new();
+    for body in ["a", "b", "c", "d"] {
+        send(&client, &service, request(&inbox.address(), BUDGET, body))
+            .await
+            .unwrap();
+        held.push(delivery(&mut *subscription).await);
+    }
+    let mut plain = broker.plain().await;
+    configure(&mut plain, "min-replicas-to-write", "1").await;
+    let before = error_replies(&mut plain).await;
+    let settling: Vec<_> = held
+        .into_iter()
+        .map(|held| {
+            let answer = Reply::value(held.request.id.clone(), held.request.body.clone());
+            tokio::spawn(held.reply(Some(answer)))
+        })
+        .collect();
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let refused = error_replies(&mut plain).await - before;
+    assert!(
+        (1..150).contains(&refused),
+        "{refused} refusals in two seconds"
+    );
+    configure(&mut plain, "min-replicas-to-write", "0").await;
+    for settling in settling {
+        within("settled", settling).await.unwrap().unwrap();
+    }
+    let mut replies = 0;
+    while replies < 4 {
+        let InboxEvent::Replies(page) = within("replies", inbox.recv()).await else {
+            panic!("the inbox was lost")
+        };
+        replies += page.len();
+    }
+    let left: Vec<String> = plain.keys("*:p:*").await.unwrap();
+    assert!(left.is_empty(), "{left:?}");
+    send(&client, &service, request(&inbox.address(), BUDGET, "next"))
+        .await
+        .unwrap();
+    let next = delivery(&mut *subscription).await;
+    let answer = Reply::value(next.request.id.clone(), "next");
+    within("reply", next.reply(Some(answer))).await.unwrap();
+    assert_eq!(&reply(&mut *inbox).await.body[..], b"next");
+}
+
+#[tokio::test]
+async fn what_can_never_be_settled_goes_back_counted() {
+    let Some(broker) = Broker::private(&[]).await else {
+        return;
+    };
+    let (server, client) = (broker.connect().await, broker.connect().await);
+    let service = fresh_service();
+    let mut subscription = server
+        .subscribe(&service, SubscribeOptions::shared(8))
+        .await
+        .unwrap();
+    let inbox = client.open_inbox().await.unwrap();
+    let mut plain = broker.plain().await;
+    let dead = format!("{{{service}}}:dead");
+    let _: () = plain.set(&dead, "not a list").await.unwrap();
+    send(&client, &service, request(&inbox.address(), BUDGET, "x"))
+        .await
+        .unwrap();
+    let first = delivery(&mut *subscription).await;
+    within("bury", first.dead_letter("why".to_owned(), None))
+        .await
+        .unwrap_err();
+    let second = delivery(&mut *subscription).await;
+    assert_eq!(second.attempt, 2);
+    // Neither settled nor given back: only the end of the session helps.
+    let acl = |rule: &'static str| {
+        let mut command = redis::cmd("ACL");
+        command.arg("SETUSER").arg("default").arg(rule);
+        command
+    };
+    let _: () = acl("-hdel").query_async(&mut plain).await.unwrap();
+    within("reply", second.reply(None)).await.unwrap_err();
+    let third = delivery(&mut *subscription).await;
+    assert_eq!(third.attempt, 3);
+    let _: () = acl("+hdel").query_async(&mut plain).await.unwrap();
+    within("reply", third.reply(None)).await.unwrap();
+    let left: Vec<String> = plain.keys("*:p:*").await.unwrap();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[tokio::test]
+async fn one_reply_that_cannot_be_settled_costs_its_batch_nothing() {
+    let Some(broker) = Broker::private(&[]).await else {
+        return;
+    };
+    let (server, client) = (broker.connect().await, broker.connect().await);
+    let service = fresh_service();
+    let mut subscription = server
+        .subscribe(&service, SubscribeOptions::shared(8))
+        .await
+        .unwrap();
+    let inbox = client.open_inbox().await.unwrap();
+    let mut plain = broker.plain().await;
+    // Replies to this one need a right that is taken away.
+    let secret = antiphon_core::ReplyAddress::new("{secret}:i").unwrap();
+    for to in [&secret, &inbox.address()] {
+        send(&client, &service, request(to, BUDGET, "x"))
+            .await
+            .unwrap();
+    }
+    let mut held = Vec::new();
+    while held.len() < 2 {
+        held.extend(deliveries(&mut *subscription).await);
+    }
+    let _: () = redis::cmd("ACL")
+        .arg("SETUSER")
+        .arg("default")
+        .arg("resetkeys")
+        .arg(format!("~{{{service}}}:*"))
+        .arg(format!("~{}*", inbox.address().as_str()))
+        .query_async(&mut plain)
+        .await
+        .unwrap();
+    let settle = held.into_iter().map(|held| {
+        let answer = Reply::value(held.request.id.clone(), "y");
+        let is_secret = held.request.reply_to.as_ref() == Some(&secret);
+        async move { (is_secret, held.reply(Some(answer)).await) }
+    });
+    for (is_secret, result) in within("settled", futures_util::future::join_all(settle)).await {
+        assert_eq!(result.is_err(), is_secret, "{result:?}");
+    }
+    assert_eq!(delivery(&mut *subscription).await.attempt, 2);
+}
+
+#[tokio::test]
+async fn scripts_that_are_flushed_cost_no_reply_of_a_plain_responder() {
+    let Some(broker) = Broker::private(&[]).await else {
+        return;
+    };
+    let mut config = broker.config();
+    // It acknowledges several times a second.
+    config.inbox_ttl = Duration::from_millis(400);
+    let client = RedisTransport::connect(config).await.unwrap();
+    let mut inbox = client.open_inbox().await.unwrap();
+    let list = inbox.address().as_str().to_owned();
+    let mut plain = broker.plain().await;
+    let writing = tokio::spawn(async move {
+        for number in 0..200 {
+            let mut pipeline = redis::pipe();
+            if number % 3 == 0 {
+                pipeline.cmd("SCRIPT").arg("FLUSH").ignore();
+            }
+            let frame = format!("{{\"v\":1,\"id\":\"{number}\"}}\n");
+            pipeline.rpush(&list, frame).ignore();
+            pipeline.zadd(format!("{list}:w"), "1", 0).ignore();
+            let _: () = pipeline.query_async(&mut plain).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(7)).await;
+        }
+    });
+    let mut missing: std::collections::BTreeSet<String> =
+        (0..200).map(|number| number.to_string()).collect();
+    let all = async {
+        while !missing.is_empty() {
+            let InboxEvent::Replies(page) = inbox.recv().await else {
+                panic!("the inbox was lost")
+            };
+            for incoming in page {
+                let Incoming::Reply(reply) = incoming else {
+                    panic!("{incoming:?}")
+                };
+                missing.remove(&reply.id.to_string());
+            }
+        }
+    };
+    let done = tokio::time::timeout(Duration::from_secs(6), all).await;
+    assert!(done.is_ok(), "never came: {missing:?}");
+    writing.await.unwrap();
+}
+
+#[tokio::test]
+async fn an_owner_whose_broker_stood_still_longer_than_its_lease_serves_again() {
+    let Some(broker) = Broker::private(&[]).await else {
+        return;
+    };
+    let mut config = broker.config();
+    config.lease = LEASE;
+    let server = RedisTransport::connect(config).await.unwrap();
+    let client = broker.connect().await;
+    for options in [SubscribeOptions::exclusive(4), SubscribeOptions::shared(4)] {
+        let service = fresh_service();
+        let mut subscription = server.subscribe(&service, options).await.unwrap();
+        let inbox = client.open_inbox().await.unwrap();
+        send(&client, &service, request(&inbox.address(), BUDGET, "held"))
+            .await
+            .unwrap();
+        let held = delivery(&mut *subscription).await;
+        broker.signal("-STOP");
+        within("the lease is lost", held.lease.cancelled()).await;
+        tokio::time::sleep(LEASE).await;
+        broker.signal("-CONT");
+        let back = delivery(&mut *subscription).await;
+        assert_eq!((back.attempt, &back.request.body[..]), (2, &b"held"[..]));
+        within("reply", back.reply(None)).await.unwrap();
+        send(&client, &service, request(&inbox.address(), BUDGET, "next"))
+            .await
+            .unwrap();
+        let next = delivery(&mut *subscription).await;
+        within("reply", next.reply(None)).await.unwrap();
+        within("stop", subscription.stop()).await;
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_connects_again_while_memory_is_full_gets_its_replies() {
+    let Some(broker) = Broker::private(&[]).await else {
+        return;
+    };
+    let client = broker.connect().await;
+    let mut inbox = client.open_inbox().await.unwrap();
+    let mut plain = broker.plain().await;
+    let list = inbox.address().as_str().to_owned();
+    // Without the bell, only a new connection finds it soon.
+    let _: () = plain.rpush(&list, "{\"id\":\"7\"}\nfull").await.unwrap();
+    configure(&mut plain, "maxmemory", "1").await;
+    let started = Instant::now();
+    let _: usize = redis::cmd("CLIENT")
+        .arg("KILL")
+        .arg("TYPE")
+        .arg("normal")
+        .query_async(&mut plain)
+        .await
+        .unwrap();
+    assert_eq!(&reply(&mut *inbox).await.body[..], b"full");
+    assert!(
+        started.elapsed() < Duration::from_secs(4),
+        "{:?}",
+        started.elapsed()
+    );
+}

@@ -5,6 +5,9 @@ use tracing_subscriber::EnvFilter;
 /// The variable that holds a filter such as `antiphon_redis=debug`.
 const VARIABLE: &str = "ANTIPHON_LOG";
 
+/// Queues that are absent and messages that come back are everyday matters, and lapin logs the latter with their bodies.
+const QUIET: &str = "lapin::channel=off,lapin::returned_messages=off";
+
 /// Logs by the environment's filter, or else by the number of `-v`; by default nothing.
 pub(crate) fn start(verbosity: u8) {
     let level = match verbosity {
@@ -15,7 +18,7 @@ pub(crate) fn start(verbosity: u8) {
     };
     let filter = match std::env::var(VARIABLE) {
         Ok(filter) if !filter.is_empty() => EnvFilter::new(filter),
-        _ => EnvFilter::new(level),
+        _ => EnvFilter::new(format!("{level},{QUIET}")),
     };
     tracing_subscriber::fmt()
         .with_env_filter(filter)

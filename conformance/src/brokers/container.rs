@@ -88,17 +88,24 @@ impl Container {
     }
 
     pub(super) async fn ctl(&self, arguments: &[&str]) -> io::Result<String> {
-        let command = ExecCommand::new(["rabbitmqctl"].iter().chain(arguments).copied());
+        // The exit code is printed, since asking for it would make this future one that cannot move between threads.
+        let script = [
+            "sh",
+            "-c",
+            r#"rabbitmqctl "$@"; printf '\n%s' "$?""#,
+            "rabbitmqctl",
+        ];
+        let command = ExecCommand::new(script.iter().chain(arguments).copied());
         let run = async {
             let mut result = self.container.exec(command).await?;
             let printed = result.stdout_to_vec().await?;
             let complaint = result.stderr_to_vec().await?;
-            Ok::<_, TestcontainersError>((result.exit_code().await?, printed, complaint))
+            Ok::<_, TestcontainersError>((printed, complaint))
         };
-        let (code, printed, complaint) = done("exec", run).await?;
-        let printed = String::from_utf8_lossy(&printed).into_owned();
-        if code == Some(0) {
-            return Ok(printed);
+        let (printed, complaint) = done("exec", run).await?;
+        let printed = String::from_utf8_lossy(&printed);
+        if let Some(printed) = printed.strip_suffix("\n0") {
+            return Ok(printed.to_owned());
         }
         let complaint = String::from_utf8_lossy(&complaint);
         Err(io::Error::other(format!(

@@ -122,6 +122,18 @@ async fn rabbitmq_is_configured_and_controlled() {
     assert!(error.to_string().contains("no_such_command"), "{error}");
 }
 
+#[test]
+fn brokers_can_be_driven_from_any_thread() {
+    fn moves<T: Send>(_future: impl Fn(&'static Broker) -> T) {}
+    moves(|broker| broker.ctl(&[]));
+    moves(|broker| broker.restart(Stop::Kill));
+    moves(|broker| broker.freeze());
+    moves(|broker| broker.thaw());
+    moves(|broker| broker.log_tail());
+    fn starts<T: Send>(_future: impl Fn(BrokerOptions) -> T) {}
+    starts(start);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn redis_is_configured() {
     let options = BrokerOptions::new(BrokerKind::Redis).setting("maxmemory", "7mb");

@@ -7,8 +7,9 @@ use antiphon_core::{Code, Deadline, Fault, Reply};
 use bytes::Bytes;
 use redis::{Pipeline, Value};
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
-use crate::QUEUE_TTL;
+use crate::connection::Backoff;
 use crate::frame::{self, BadFrame, RequestFrame};
 use crate::naming::InboxKeys;
 use crate::session::{Session, Token};
@@ -16,6 +17,7 @@ use crate::settlement::{Hold, RedisSettlement};
 use crate::subscription::Taken;
 use crate::taker::executed;
 use crate::transport::Shared;
+use crate::{QUEUE_TTL, error};
 
 /// The most large bodies that are fetched in one trip.
 const FETCH: usize = 8;
@@ -25,8 +27,8 @@ const FETCH: usize = 8;
 pub(crate) struct Claimed {
     /// There was more fresh work.
     pub(crate) fresh_left: bool,
-    /// There was more work that came back.
-    pub(crate) returned_left: bool,
+    /// The attempt of the next work that came back; 0 if there is none.
+    pub(crate) returned_left: u32,
     /// The attempt of work that came back; 0 for fresh work.
     pub(crate) attempt: u32,
     pub(crate) frames: Vec<Bytes>,
@@ -49,7 +51,7 @@ impl Claimed {
         };
         Some(Self {
             fresh_left: fresh > 0,
-            returned_left: returned > 0,
+            returned_left: u32::try_from(returned).ok()?,
             attempt: u32::try_from(attempt).ok()?,
             frames: parts.map(frame).collect::<Option<_>>()?,
         })
@@ -68,6 +70,7 @@ pub(crate) async fn deliveries(
     session: &Arc<Session>,
     work: Vec<(Token, Bytes)>,
     now: u64,
+    stopping: &CancellationToken,
 ) -> Vec<Taken> {
     let mut decoded = Vec::with_capacity(work.len());
     let mut any_apart = false;
@@ -90,7 +93,7 @@ pub(crate) async fn deliveries(
         }
     }
     if any_apart {
-        fetch(shared, &mut decoded).await;
+        fetch(shared, session, &mut decoded, stopping).await;
     }
     decoded.into_iter().map(|decoded| decoded.taken).collect()
 }
@@ -166,8 +169,15 @@ fn bury(mut hold: Hold, bad: &BadFrame) {
     RedisSettlement::new(hold).bury(&format!("undecodable: {}", bad.reason), reply.as_ref());
 }
 
-/// Fetches the bodies that have their own keys.
-async fn fetch(shared: &Arc<Shared>, decoded: &mut Vec<Decoded>) {
+/// Fetches the bodies that have their own keys. What is not fetched when the lease ends or the subscription is stopped goes
+/// back.
+async fn fetch(
+    shared: &Shared,
+    session: &Session,
+    decoded: &mut Vec<Decoded>,
+    stopping: &CancellationToken,
+) {
+    let mut backoff = Backoff::default();
     let mut whole = Vec::with_capacity(decoded.len());
     let mut waiting = Vec::new();
     for (index, decoded) in decoded.drain(..).enumerate() {
@@ -182,19 +192,27 @@ async fn fetch(shared: &Arc<Shared>, decoded: &mut Vec<Decoded>) {
         for (_, decoded) in &few {
             pipeline.cmd("GET").arg(&decoded.apart);
         }
-        // Dropped, what is not fetched goes back.
-        let Some(mut live) = shared.link.clone().ready(&shared.ending).await else {
+        let mut link = shared.link.clone();
+        let ready = session.lease.run_until_cancelled(link.ready(stopping));
+        let Some(Some(mut live)) = ready.await else {
             break;
         };
-        let Ok(answers) = live.execute(&pipeline).await else {
-            if few
-                .iter()
-                .any(|(_, decoded)| !decoded.taken.lease.is_cancelled())
-            {
+        let answers = match live.execute(&pipeline).await {
+            Ok(answers) => answers,
+            Err(error) => {
+                tracing::debug!(%error, "bodies are fetched again");
                 waiting.extend(few);
+                continue;
+            }
+        };
+        if error::first_refusal(&answers).is_some_and(|error| !error::is_lasting(error)) {
+            waiting.extend(few);
+            let pause = session.lease.run_until_cancelled(backoff.pause());
+            if stopping.run_until_cancelled(pause).await.is_none() {
+                break;
             }
             continue;
-        };
+        }
         for ((index, mut decoded), answer) in few.into_iter().zip(answers) {
             match answer {
                 Value::BulkString(body) => {

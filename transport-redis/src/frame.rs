@@ -49,6 +49,9 @@ pub(crate) struct ReplyFrame {
     pub(crate) apart: Option<String>,
 }
 
+/// The most characters of why something is not a frame.
+const REASON_MAX: usize = 256;
+
 /// Something that is not a frame, and what could be read of it.
 #[derive(Debug)]
 pub(crate) struct BadFrame {
@@ -213,12 +216,14 @@ fn invalid(message: impl Into<String>) -> Error {
 
 /// What can be told of a line that is not a frame: its id and reply address, if they are there and valid.
 fn bad(line: &[u8], reason: &dyn fmt::Display) -> BadFrame {
+    // It may quote what it could not read, of any length.
+    let reason: String = reason.to_string().chars().take(REASON_MAX).collect();
     let loose: serde_json::Value = serde_json::from_slice(line).unwrap_or_default();
     let text = |name: &str| loose.get(name).and_then(serde_json::Value::as_str);
     BadFrame {
         id: text("id").and_then(|id| CorrelationId::parse(id).ok()),
         reply_to: text("to").and_then(|to| ReplyAddress::new(to).ok()),
-        reason: reason.to_string(),
+        reason,
     }
 }
 

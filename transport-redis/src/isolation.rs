@@ -9,8 +9,12 @@ use tokio::time::Instant;
 
 use crate::claim::Claimed;
 
-/// The most that fresh work waits for suspect work, each way.
+/// The most that fresh work waits for suspect work, each way, from its third attempt on.
 const BOUND_MAX: Duration = Duration::from_secs(2);
+
+/// The same on its second attempt. All that a dead server held comes back so, and next to none of it is to blame: a long wait
+/// for each would cost more than the one that is.
+const BOUND_SECOND: Duration = Duration::from_millis(200);
 
 /// Take suspect work before fresh work, after it, or not at all.
 const NONE: u8 = 0;
@@ -48,6 +52,14 @@ impl Isolation {
         }
     }
 
+    fn bound(&self, attempt: u32) -> Duration {
+        if attempt > 2 {
+            self.bound
+        } else {
+            self.bound.min(BOUND_SECOND)
+        }
+    }
+
     pub(crate) fn plan(&mut self, held: usize, prefetch: usize, now: Instant) -> Plan {
         let free = prefetch.saturating_sub(held);
         if held == 0 {
@@ -80,12 +92,12 @@ impl Isolation {
 
     pub(crate) fn note(&mut self, claimed: &Claimed, held: usize, now: Instant) {
         if claimed.attempt > 0 {
-            self.alone = Some(now + self.bound);
+            self.alone = Some(now + self.bound(claimed.attempt));
             self.fresh_first = true;
         } else {
             self.fresh_first = false;
-            if claimed.returned_left && held > 0 && self.draining.is_none() {
-                self.draining = Some(now + self.bound);
+            if claimed.returned_left > 0 && held > 0 && self.draining.is_none() {
+                self.draining = Some(now + self.bound(claimed.returned_left));
             }
         }
     }
@@ -95,7 +107,7 @@ impl Isolation {
 mod tests {
     use super::*;
 
-    fn claimed(attempt: u32, returned_left: bool) -> Claimed {
+    fn claimed(attempt: u32, returned_left: u32) -> Claimed {
         Claimed {
             fresh_left: false,
             returned_left,
@@ -116,7 +128,7 @@ mod tests {
                 suspects: FIRST
             }
         );
-        isolation.note(&claimed(0, false), 2, now);
+        isolation.note(&claimed(0, 0), 2, now);
         assert_eq!(
             isolation.plan(2, 4, now),
             Plan::Claim {
@@ -124,7 +136,7 @@ mod tests {
                 suspects: NONE
             }
         );
-        isolation.note(&claimed(0, true), 2, now);
+        isolation.note(&claimed(0, 3), 2, now);
         assert_eq!(isolation.plan(2, 4, now), Plan::Wait { until: Some(later) });
         assert_eq!(
             isolation.plan(1, 4, later),
@@ -133,7 +145,7 @@ mod tests {
                 suspects: FIRST
             }
         );
-        isolation.note(&claimed(2, true), 2, later);
+        isolation.note(&claimed(3, 2), 2, later);
         assert_eq!(
             isolation.plan(2, 4, later),
             Plan::Wait {
@@ -147,12 +159,25 @@ mod tests {
                 suspects: LAST
             }
         );
-        isolation.note(&claimed(0, true), 4, later);
+        isolation.note(&claimed(0, 2), 4, later);
         assert_eq!(
             isolation.plan(0, 4, later),
             Plan::Claim {
                 count: 4,
                 suspects: FIRST
+            }
+        );
+        isolation.note(&claimed(2, 0), 1, later);
+        let soon = later + BOUND_SECOND;
+        assert_eq!(
+            isolation.plan(1, 4, later),
+            Plan::Wait { until: Some(soon) }
+        );
+        assert_eq!(
+            isolation.plan(1, 4, soon),
+            Plan::Claim {
+                count: 3,
+                suspects: NONE
             }
         );
     }

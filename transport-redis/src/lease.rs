@@ -10,7 +10,7 @@ use redis::{ConnectionLike, RedisResult, Value};
 use crate::completer::millis;
 use crate::connection::{self, Connector};
 use crate::session::Session;
-use crate::{QUEUE_TTL, scripts};
+use crate::{QUEUE_TTL, error, scripts};
 
 /// The sessions whose leases are renewed.
 #[derive(Debug, Default)]
@@ -33,6 +33,16 @@ struct Entry {
     renewed: Instant,
 }
 
+/// Ends the renewals when it is dropped: also with the runtime, when nobody is left to settle what is held.
+#[derive(Debug)]
+pub(crate) struct LeasesGuard(pub(crate) Arc<Leases>);
+
+impl Drop for LeasesGuard {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
 impl Leases {
     /// Renews the lease of this session from now on; `since` is when it was asked for.
     pub(crate) fn add(
@@ -43,11 +53,14 @@ impl Leases {
         lease: Duration,
     ) -> Result<(), Error> {
         let mut state = self.lock();
+        if state.closed {
+            return Err(error::closed());
+        }
         state.sessions.push(Entry {
             session,
             renewed: since,
         });
-        if !state.running && !state.closed {
+        if !state.running {
             let (leases, connector) = (Arc::clone(self), Arc::clone(connector));
             let thread = thread::Builder::new().name("antiphon-lease".to_owned());
             thread
@@ -73,9 +86,14 @@ impl Leases {
             .collect()
     }
 
-    /// Ends the thread.
-    pub(crate) fn close(&self) {
-        self.lock().closed = true;
+    /// Ends the thread; no lease is renewed any more.
+    fn close(&self) {
+        let mut state = self.lock();
+        state.closed = true;
+        for entry in state.sessions.drain(..) {
+            entry.session.lease.cancel();
+        }
+        drop(state);
         self.changed.notify_all();
     }
 

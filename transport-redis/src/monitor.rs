@@ -7,6 +7,8 @@ use redis::{Pipeline, Value};
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
+use crate::QUEUE_TTL;
+use crate::completer::millis;
 use crate::connection::random_part;
 use crate::naming::ServiceKeys;
 use crate::settle_batch::reclaim;
@@ -82,8 +84,15 @@ async fn soonest(
         .arg(0)
         .arg(PAGE - 1)
         .arg("WITHSCORES");
+    // A queue lives as long as its requests do, as far as its senders know. Those of plain peers, and what is longer than the
+    // life of others, must not vanish while somebody serves.
+    pipeline
+        .cmd("PEXPIRE")
+        .arg(&keys.queue)
+        .arg(millis(QUEUE_TTL))
+        .arg("GT");
     let answers = live.execute(&pipeline).await.ok()?;
-    let [time, Value::Array(entries)] = answers.as_slice() else {
+    let [time, Value::Array(entries), _] = answers.as_slice() else {
         return None;
     };
     let now = crate::connection::time_of(time)? / 1000;

@@ -14,7 +14,7 @@ use crate::config::RedisConfig;
 use crate::connection::{self, Live};
 use crate::frame::{self, Expiry};
 use crate::naming::{self, InboxKeys, ServiceKeys};
-use crate::sender::{Job, withdrawn_error};
+use crate::sender::{Job, TICK, withdrawn_error};
 use crate::{QUEUE_TTL, error, scripts};
 
 /// How often an idle connection is tried, in ticks.
@@ -25,8 +25,8 @@ pub(crate) struct Writer {
     clock: Arc<Clock>,
     config: Arc<RedisConfig>,
     keys: HashMap<ServiceName, Arc<ServiceKeys>>,
-    /// Until when the queues that were pushed to since the last tick must live, by the clock of Redis.
-    lives: HashMap<ServiceName, u64>,
+    /// The queues that were pushed to since the last tick.
+    lives: HashMap<ServiceName, Life>,
     idle: u32,
 }
 
@@ -36,6 +36,16 @@ enum Sent {
     Aside,
     Pushed(Vec<Job>),
     Conditional(Job),
+}
+
+/// Until when a queue must live, by the clock of Redis, in milliseconds.
+#[derive(Clone, Copy, Default)]
+struct Life {
+    at: u64,
+    /// What was asked for since the last tick.
+    asked: u64,
+    /// This batch has requests whose sender waits for nothing, and may be gone before the next tick.
+    unwatched: bool,
 }
 
 /// The plain requests to one service.
@@ -88,7 +98,7 @@ impl Writer {
                         job.finish(Err(withdrawn_error()));
                         continue;
                     }
-                    self.outlive(service, expiry);
+                    self.outlive(service, expiry, request.reply_to.is_none());
                     let apart =
                         (request.body.len() > self.config.inline_body).then(naming::random_id);
                     let frame = frame::encode_request(request, expiry, apart.as_deref());
@@ -147,6 +157,7 @@ impl Writer {
             pipeline.cmd("ZADD").arg(&keys.bell).arg(0).arg(1);
             sent.push(Sent::Aside);
         }
+        self.protect(&mut pipeline, &mut sent);
         for (inbox, group) in inboxes {
             let mut command = scripts::PUSH.on(&[inbox.list(), &inbox.bell()]);
             command.arg(millis(self.config.inbox_ttl)).arg(group.frames);
@@ -190,14 +201,48 @@ impl Writer {
         })
     }
 
-    fn outlive(&mut self, service: &ServiceName, expiry: Expiry) {
+    fn outlive(&mut self, service: &ServiceName, expiry: Expiry, unwatched: bool) {
         let now = self.clock.now().unwrap_or_default();
         let at = expiry
             .at
             .unwrap_or_else(|| now.saturating_add(millis(QUEUE_TTL)));
-        match self.lives.get_mut(service) {
-            Some(latest) => *latest = at.max(*latest),
-            None => drop(self.lives.insert(service.clone(), at)),
+        let life = match self.lives.get_mut(service) {
+            Some(life) => life,
+            None => self.lives.entry(service.clone()).or_default(),
+        };
+        life.at = life.at.max(at);
+        life.unwatched |= unwatched;
+    }
+
+    /// Lets the queues of this batch live long enough, should this process be gone before the next tick. With the first batch
+    /// since the last tick, with one that needs it longer, and with requests that nobody waits for; that is seldom
+    /// enough to cost nothing on the way of a call.
+    fn protect(&mut self, pipeline: &mut Pipeline, sent: &mut Vec<Sent>) {
+        let slack = millis(TICK);
+        let due: Vec<(ServiceName, u64)> = self
+            .lives
+            .iter_mut()
+            .filter(|(_, life)| life.unwatched || life.at > life.asked.saturating_add(slack))
+            .map(|(service, life)| {
+                life.asked = life.at;
+                life.unwatched = false;
+                (service.clone(), life.at)
+            })
+            .collect();
+        for (service, at) in due {
+            let count = pipeline.len();
+            self.live_until(pipeline, &service, at);
+            sent.extend((count..pipeline.len()).map(|_| Sent::Aside));
+        }
+    }
+
+    fn live_until(&mut self, pipeline: &mut Pipeline, service: &ServiceName, at: u64) {
+        let keys = self.keys_of(service);
+        let at = at.saturating_add(millis(self.config.inbox_ttl));
+        for key in [&keys.queue, &keys.bell] {
+            for condition in ["NX", "GT"] {
+                pipeline.cmd("PEXPIREAT").arg(key).arg(at).arg(condition);
+            }
         }
     }
 
@@ -212,8 +257,8 @@ impl Writer {
 
     /// Gives the queues that were pushed to a time to live, and reads the clock; on an idle connection now and then.
     ///
-    /// A queue is emptied by servers. Where there are none, it goes when all in it has expired for long. Set here and not
-    /// with each push, it costs nothing on the way of a call.
+    /// A queue is emptied by servers, and gone with its time to live as soon as it is empty. Where there are none, it goes
+    /// when all in it has expired for long.
     pub(crate) async fn tick(&mut self, mut live: Live) {
         self.idle += 1;
         if self.lives.is_empty() && self.idle < IDLE_TICKS {
@@ -222,14 +267,8 @@ impl Writer {
         self.idle = 0;
         let mut pipeline = Pipeline::new();
         pipeline.cmd("TIME");
-        for (service, at) in mem::take(&mut self.lives) {
-            let keys = self.keys_of(&service);
-            let at = at.saturating_add(millis(self.config.inbox_ttl));
-            for key in [&keys.queue, &keys.bell] {
-                for condition in ["NX", "GT"] {
-                    pipeline.cmd("PEXPIREAT").arg(key).arg(at).arg(condition);
-                }
-            }
+        for (service, life) in mem::take(&mut self.lives) {
+            self.live_until(&mut pipeline, &service, life.at);
         }
         let asked = Instant::now();
         if let Ok(answers) = live.execute(&pipeline).await

@@ -1,5 +1,6 @@
 //! Sends: whatever has piled up, in one trip.
 
+use std::collections::VecDeque;
 use std::mem;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -28,7 +29,7 @@ const BATCH_BYTES: usize = 1 << 20;
 const WAVES: usize = 2;
 
 /// How often withdrawn requests are forgotten, queues get their time to live and the clock is read.
-const TICK: Duration = Duration::from_secs(1);
+pub(crate) const TICK: Duration = Duration::from_secs(1);
 
 type Done = oneshot::Sender<Result<(), Error>>;
 
@@ -41,7 +42,7 @@ pub(crate) struct Sender {
 
 #[derive(Debug, Default)]
 struct Queue {
-    jobs: Vec<Job>,
+    jobs: VecDeque<Job>,
     closed: bool,
 }
 
@@ -99,18 +100,27 @@ impl Sender {
             service,
             request,
             expect_responder,
-            ticket,
+            ticket: ticket.clone(),
             since: Instant::now(),
             done,
         });
-        result.await.unwrap_or_else(|_| Err(error::closed()))
+        result.await.unwrap_or_else(|_| {
+            // Its trip was given up at close. If it was committed, it may have been written.
+            Err(if ticket.withdraw() {
+                error::closed()
+            } else {
+                error::closed_on_the_way()
+            })
+        })
     }
 
     /// Sends a message to an inbox; resolves when the broker has it.
     pub(crate) async fn reply(&self, to: InboxKeys, reply: Reply) -> Result<(), Error> {
         let (done, result) = oneshot::channel();
         self.push(Job::Reply { to, reply, done });
-        result.await.unwrap_or_else(|_| Err(error::closed()))
+        result
+            .await
+            .unwrap_or_else(|_| Err(error::closed_on_the_way()))
     }
 
     fn push(&self, job: Job) {
@@ -120,7 +130,7 @@ impl Sender {
             job.finish(Err(error::closed()));
             return;
         }
-        queue.jobs.push(job);
+        queue.jobs.push_back(job);
         drop(queue);
         self.arrived.notify_one();
     }
@@ -139,8 +149,7 @@ impl Sender {
             fits
         };
         let count = queue.jobs.iter().take(BATCH_MAX).take_while(fits).count();
-        let rest = queue.jobs.split_off(count);
-        mem::replace(&mut queue.jobs, rest)
+        queue.jobs.drain(..count).collect()
     }
 
     /// Forgets what its caller gave up while there was no connection.
@@ -150,10 +159,10 @@ impl Sender {
             if !queue.jobs.iter().any(Job::is_withdrawn) {
                 return;
             }
-            let (withdrawn, kept) = mem::take(&mut queue.jobs)
+            let (withdrawn, kept): (Vec<Job>, Vec<Job>) = mem::take(&mut queue.jobs)
                 .into_iter()
                 .partition(Job::is_withdrawn);
-            queue.jobs = kept;
+            queue.jobs = kept.into();
             withdrawn
         };
         for job in withdrawn {

@@ -472,7 +472,7 @@ impl Taker {
             attempt: claimed.attempt.max(1),
         });
         let work = tokens.zip(frames).collect();
-        let taken = claim::deliveries(&self.shared, &self.session, work, now).await;
+        let taken = claim::deliveries(&self.shared, &self.session, work, now, &self.stopping).await;
         self.buffer.add(taken);
         match refused {
             Some(_) => Err(Exit::Broken),

@@ -19,7 +19,7 @@ use crate::completer::Completer;
 use crate::config::RedisConfig;
 use crate::connection::{self, Connector, Link};
 use crate::inbox::RedisInbox;
-use crate::lease::Leases;
+use crate::lease::{Leases, LeasesGuard};
 use crate::naming::InboxKeys;
 use crate::sender::Sender;
 use crate::settle_batch;
@@ -124,7 +124,8 @@ impl RedisTransport {
             Arc::clone(state),
             shared.ended.clone(),
         ));
-        tokio::spawn(end(Arc::clone(&shared), settling, settling_ends));
+        let leases = LeasesGuard(Arc::clone(&shared.leases));
+        tokio::spawn(end(Arc::clone(&shared), leases, settling, settling_ends));
         Ok(Self { shared })
     }
 }
@@ -133,6 +134,7 @@ impl RedisTransport {
 /// before, then the sessions, which returns what is still held.
 async fn end(
     shared: Arc<Shared>,
+    leases: LeasesGuard,
     settling: tokio::task::JoinHandle<()>,
     settling_ends: CancellationToken,
 ) {
@@ -144,11 +146,10 @@ async fn end(
     settling_ends.cancel();
     let _ = timeout(CLOSE_STEP, settling).await;
     let mut pipeline = Pipeline::new();
-    for session in shared.leases.sessions() {
+    for session in leases.0.sessions() {
         pipeline.add_command(settle_batch::leave(&session));
-        session.lease.cancel();
     }
-    shared.leases.close();
+    drop(leases);
     if !pipeline.is_empty() {
         let _ = timeout(CLOSE_STEP, shared.link.try_execute(&pipeline)).await;
     }
@@ -194,7 +195,11 @@ impl Transport for RedisTransport {
         if self.shared.ending.is_cancelled() {
             return Err(error::closed());
         }
-        Ok(Box::new(RedisInbox::open(&self.shared).await?))
+        // In a task of its own, so that it is undone if this future is dropped: then nobody takes the inbox, which ends it.
+        let shared = Arc::clone(&self.shared);
+        let opening = async move { RedisInbox::open(&shared).await };
+        let inbox = self.shared.workers.spawn(opening).await;
+        Ok(Box::new(inbox.unwrap_or_else(|_| Err(error::closed()))?))
     }
 
     async fn subscribe(
@@ -205,8 +210,12 @@ impl Transport for RedisTransport {
         if self.shared.ending.is_cancelled() {
             return Err(error::closed());
         }
+        // In a task of its own, as an inbox is.
+        let (shared, service) = (Arc::clone(&self.shared), service.clone());
+        let opening = async move { RedisSubscription::open(&shared, &service, options).await };
+        let subscription = self.shared.workers.spawn(opening).await;
         Ok(Box::new(
-            RedisSubscription::open(&self.shared, service, options).await?,
+            subscription.unwrap_or_else(|_| Err(error::closed()))?,
         ))
     }
 

@@ -265,6 +265,20 @@ async fn a_client_that_connects_again_while_memory_is_full_gets_its_replies() {
     let mut inbox = client.open_inbox().await.unwrap();
     let mut plain = broker.plain().await;
     let list = inbox.address().as_str().to_owned();
+    within("the reader waits", async {
+        loop {
+            let clients: String = redis::cmd("CLIENT")
+                .arg("LIST")
+                .query_async(&mut plain)
+                .await
+                .unwrap();
+            if clients.contains("cmd=bzpopmin") {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
     // Without the bell, only a new connection finds it soon.
     let _: () = plain.rpush(&list, "{\"id\":\"7\"}\nfull").await.unwrap();
     configure(&mut plain, "maxmemory", "1").await;

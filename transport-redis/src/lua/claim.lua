@@ -3,13 +3,17 @@
 -- connection moves nothing.
 -- KEYS live, queue, returned, held, bell
 -- ARGV session, most, first token, returned work (0 none, 1 first, 2 after fresh work), ttl of held and of the bell
--- Gives -1 if refused, else {more is left, returned work is left, attempt or 0, frame...}
+-- Gives -1 if refused, else {more is left, attempt of the returned work that is next or 0, attempt or 0, frame...}
 local function ring()
   if redis.call('ZADD', KEYS[5], 0, '1') == 1 then redis.call('PEXPIRE', KEYS[5], ARGV[5]) end
 end
 
-local function finish(attempt, frames)
-  local fresh, returned = redis.call('EXISTS', KEYS[2]), redis.call('EXISTS', KEYS[3])
+-- Returned work, once seen to be gone, is not asked for again.
+local returned_gone = false
+
+local function finish(attempt, frames, fresh_gone)
+  local fresh = fresh_gone and 0 or redis.call('EXISTS', KEYS[2])
+  local returned = not returned_gone and tonumber(redis.call('LINDEX', KEYS[3], 0) or 0) or 0
   if fresh + returned > 0 then ring() end
   local answer = {fresh, returned, attempt}
   for index = 1, #frames do answer[index + 3] = frames[index] end
@@ -18,10 +22,13 @@ end
 
 local function take_returned()
   local pair = redis.call('LPOP', KEYS[3], 2)
-  if not pair then return nil end
+  if not pair then
+    returned_gone = true
+    return nil
+  end
   redis.call('HSET', KEYS[4], ARGV[3] .. '.' .. pair[1], pair[2])
   redis.call('PEXPIRE', KEYS[4], ARGV[5], 'NX')
-  return finish(tonumber(pair[1]), {pair[2]})
+  return finish(tonumber(pair[1]), {pair[2]}, false)
 end
 
 if not redis.call('ZSCORE', KEYS[1], ARGV[1]) then
@@ -42,10 +49,10 @@ if frames then
   end
   redis.call('HSET', KEYS[4], unpack(fields))
   redis.call('PEXPIRE', KEYS[4], ARGV[5], 'NX')
-  return finish(0, frames)
+  return finish(0, frames, #frames < tonumber(ARGV[2]))
 end
 if ARGV[4] == '2' then
   local answer = take_returned()
   if answer then return answer end
 end
-return finish(0, {})
+return finish(0, {}, true)

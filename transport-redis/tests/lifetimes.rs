@@ -1,0 +1,236 @@
+//! What is left of those who go without a word, and what stays for those who come back.
+
+mod support;
+
+use std::time::{Duration, Instant};
+
+use antiphon_core::transport::{Outbound, SubscribeOptions, SubscriptionEvent};
+use antiphon_core::{Deadline, ErrorKind, Executed, Request, Ticket, Transport};
+use antiphon_redis::RedisTransport;
+use redis::AsyncCommands;
+
+use support::{Broker, delivery, fresh_service, request, send, within};
+
+const BUDGET: Duration = Duration::from_secs(20);
+const LEASE: Duration = Duration::from_millis(600);
+
+async fn connect(broker: &Broker, lease: Duration) -> RedisTransport {
+    let mut config = broker.config();
+    config.lease = lease;
+    RedisTransport::connect(config).await.unwrap()
+}
+
+#[tokio::test]
+async fn an_owner_whose_runtime_is_gone_loses_its_lease() {
+    let Some(broker) = Broker::private(&[]).await else {
+        return;
+    };
+    let service = fresh_service();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .unwrap();
+    let config = {
+        let mut config = broker.config();
+        config.lease = LEASE;
+        config
+    };
+    let name = service.clone();
+    let opening = runtime.spawn(async move {
+        let server = RedisTransport::connect(config).await.unwrap();
+        let owner = server
+            .subscribe(&name, SubscribeOptions::exclusive(1))
+            .await;
+        (server, owner.unwrap())
+    });
+    let abandoned = within("subscribed", opening).await.unwrap();
+    runtime.shutdown_background();
+    let next = connect(&broker, LEASE).await;
+    let gone = Instant::now();
+    let _owner = within("the next owner", async {
+        loop {
+            match next
+                .subscribe(&service, SubscribeOptions::exclusive(1))
+                .await
+            {
+                Ok(owner) => return owner,
+                Err(error) => assert_eq!(error.kind(), ErrorKind::AlreadyOwned),
+            }
+            assert!(gone.elapsed() < LEASE * 4, "the lease is still renewed");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    })
+    .await;
+    drop(abandoned);
+}
+
+#[tokio::test]
+async fn a_subscription_that_nobody_waits_for_owns_nothing() {
+    let Some(broker) = Broker::private(&[]).await else {
+        return;
+    };
+    let one = connect(&broker, Duration::from_secs(10)).await;
+    let two = connect(&broker, Duration::from_secs(10)).await;
+    let mut plain = broker.plain().await;
+    for _ in 0..5 {
+        let service = fresh_service();
+        // It is asked for, and the answer takes longer than the caller's patience.
+        let _: () = redis::cmd("CLIENT")
+            .arg("PAUSE")
+            .arg(200)
+            .arg("WRITE")
+            .query_async(&mut plain)
+            .await
+            .unwrap();
+        let subscribing = one.subscribe(&service, SubscribeOptions::exclusive(1));
+        let inbox = one.open_inbox();
+        let both = futures_util::future::join(subscribing, inbox);
+        let given_up = tokio::time::timeout(Duration::from_millis(50), both).await;
+        assert!(given_up.is_err(), "the broker stood still");
+        let started = Instant::now();
+        within("the service is free", async {
+            while let Err(error) = two
+                .subscribe(&service, SubscribeOptions::exclusive(1))
+                .await
+            {
+                assert_eq!(error.kind(), ErrorKind::AlreadyOwned);
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        })
+        .await;
+        assert!(
+            started.elapsed() < Duration::from_secs(3),
+            "{:?}",
+            started.elapsed()
+        );
+    }
+    within("no inbox is left", async {
+        while !plain
+            .keys::<_, Vec<String>>("*:i:e")
+            .await
+            .unwrap()
+            .is_empty()
+        {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_queue_lives_as_long_as_its_longest_request_from_its_first_push_on() {
+    let Some(broker) = Broker::private(&[]).await else {
+        return;
+    };
+    let client = broker.connect().await;
+    let inbox = client.open_inbox().await.unwrap();
+    let service = fresh_service();
+    let mut plain = broker.plain().await;
+    let queue = format!("{{{service}}}:q");
+    let left = |mut plain: redis::aio::MultiplexedConnection| {
+        let queue = queue.clone();
+        async move { plain.pttl::<_, i64>(queue).await.unwrap() }
+    };
+    send(&client, &service, request(&inbox.address(), BUDGET, "x"))
+        .await
+        .unwrap();
+    let short = left(plain.clone()).await;
+    assert!(
+        (1..=BUDGET.as_millis() as i64 + 62_000).contains(&short),
+        "{short}"
+    );
+    let day = Duration::from_secs(24 * 3600).as_millis() as i64;
+    let hours = Request::new(Deadline::after(Duration::from_secs(7200)), "longer");
+    send(&client, &service, hours).await.unwrap();
+    let long = left(plain.clone()).await;
+    assert!((7_000_000..=7_300_000).contains(&long), "{long}");
+    // Whatever the queue's time to live, it stays while somebody serves.
+    let server = connect(&broker, LEASE).await;
+    let mut subscription = server
+        .subscribe(&service, SubscribeOptions::shared(1))
+        .await
+        .unwrap();
+    let held = delivery(&mut *subscription).await;
+    let _: () = plain.pexpire(&queue, 800).await.unwrap();
+    within("protected", async {
+        while left(plain.clone()).await < day - 60_000 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+    within("done", held.reply(None)).await.unwrap();
+    assert_eq!(
+        &delivery(&mut *subscription).await.request.body[..],
+        b"longer"
+    );
+}
+
+#[tokio::test]
+async fn what_was_written_and_not_answered_at_close_may_have_been_executed() {
+    let Some(broker) = Broker::private(&[]).await else {
+        return;
+    };
+    let client = broker.connect().await;
+    let inbox = client.open_inbox().await.unwrap();
+    let service = fresh_service();
+    broker.signal("-STOP");
+    let ticket = Ticket::new();
+    let sending = client.send(Outbound::Request {
+        service,
+        request: request(&inbox.address(), BUDGET, "x"),
+        expect_responder: false,
+        ticket: ticket.clone(),
+    });
+    let closing = async {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        assert!(!ticket.withdraw(), "it was written");
+        client.close().await;
+    };
+    let (sent, ()) = within("closed", futures_util::future::join(sending, closing)).await;
+    let error = sent.unwrap_err();
+    assert_eq!(
+        (error.kind(), error.executed()),
+        (ErrorKind::Closed, Executed::Maybe),
+        "{error}"
+    );
+    broker.signal("-CONT");
+}
+
+#[tokio::test]
+async fn a_body_that_cannot_be_fetched_does_not_hold_up_the_end() {
+    let Some(mut broker) = Broker::private(&[]).await else {
+        return;
+    };
+    let (server, client) = (connect(&broker, LEASE).await, connect(&broker, LEASE).await);
+    let service = fresh_service();
+    let mut plain = broker.plain().await;
+    let mut subscription = server
+        .subscribe(&service, SubscribeOptions::shared(1))
+        .await
+        .unwrap();
+    let inbox = client.open_inbox().await.unwrap();
+    // The body is read by a command of its own, which is refused for now.
+    let acl = |rule: &'static str| {
+        let mut command = redis::cmd("ACL");
+        command.arg("SETUSER").arg("default").arg(rule);
+        command
+    };
+    let _: () = acl("-get").query_async(&mut plain).await.unwrap();
+    send(
+        &client,
+        &service,
+        request(&inbox.address(), BUDGET, vec![0; 100_000]),
+    )
+    .await
+    .unwrap();
+    broker
+        .restart_with(async {
+            within("stop", subscription.stop()).await;
+        })
+        .await;
+    assert!(matches!(
+        subscription.recv().await,
+        SubscriptionEvent::Closed(_)
+    ));
+}

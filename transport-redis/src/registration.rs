@@ -1,0 +1,239 @@
+//! How the sessions of a subscription come on the registry of their service, and off it.
+
+use std::sync::Arc;
+
+use antiphon_core::transport::SubscribeMode;
+use antiphon_core::{Error, ErrorKind};
+use redis::{Pipeline, Value};
+
+use crate::completer::{End, Item, millis};
+use crate::connection::Backoff;
+use crate::session::{Session, Token};
+use crate::settle_batch::{leave, reclaim};
+use crate::taker::Taker;
+use crate::transport::Shared;
+use crate::{QUEUE_TTL, error, scripts};
+
+/// The most rounds of returning dead servers' work before an owner can be registered.
+const JOIN_ROUNDS: usize = 16;
+
+/// Why a session could not be registered.
+pub(crate) enum Refusal {
+    /// It will not be, as things are.
+    Final(Error),
+    /// It may be, if it is tried again.
+    ForNow(Error),
+}
+
+impl Taker {
+    /// Takes a session off the registry that is not used, if that can be done now; if not, its lease ends by itself.
+    pub(crate) async fn undo(&self, session: &Session) {
+        session.leave();
+        let mut pipeline = Pipeline::new();
+        pipeline.add_command(leave(session));
+        self.shared.link.try_execute(&pipeline).await;
+    }
+
+    /// Registers a session; as the successor of another one if that still owns the service.
+    pub(crate) async fn join(
+        &self,
+        session: &Arc<Session>,
+        follows: Option<&Session>,
+    ) -> Result<(), Refusal> {
+        let mode = match self.options.mode {
+            SubscribeMode::Shared => "shared",
+            SubscribeMode::Exclusive => "exclusive",
+            other => {
+                let message = format!("the mode {other:?} is not known to this transport");
+                return Err(Refusal::Final(Error::not_executed(
+                    ErrorKind::Unsupported,
+                    message,
+                )));
+            }
+        };
+        for _ in 0..JOIN_ROUNDS {
+            let mut live = self
+                .shared
+                .link
+                .clone()
+                .ready(&self.stopping)
+                .await
+                .ok_or_else(|| Refusal::Final(error::closed()))?;
+            let mut command =
+                scripts::JOIN.on(&[&self.keys.sessions, &self.keys.live, &self.keys.owner]);
+            command
+                .arg(&session.name)
+                .arg(mode)
+                .arg(millis(self.shared.config.lease));
+            command
+                .arg(follows.map_or("", |follows| &follows.name))
+                .arg(millis(QUEUE_TTL));
+            let mut pipeline = Pipeline::new();
+            pipeline.cmd("TYPE").arg(&self.keys.queue);
+            pipeline.add_command(command);
+            let asked = std::time::Instant::now();
+            // If it broke, nobody knows if the session was registered; asking again does no harm.
+            let Ok(answers) = live.execute(&pipeline).await else {
+                continue;
+            };
+            let [kind, answer] = answers.as_slice() else {
+                continue;
+            };
+            if let Value::ServerError(error) = kind {
+                return Err(Refusal::ForNow(error::refused(error)));
+            }
+            if !matches!(kind, Value::SimpleString(kind) if kind == "list" || kind == "none") {
+                self.undo(session).await;
+                let message = format!("{} is not a list", self.keys.queue);
+                return Err(Refusal::Final(Error::not_executed(
+                    ErrorKind::Broker,
+                    message,
+                )));
+            }
+            match answer {
+                Value::Int(0..) => {
+                    let Shared {
+                        leases,
+                        connector,
+                        config,
+                        ..
+                    } = &*self.shared;
+                    return leases
+                        .add(Arc::clone(session), asked, connector, config.lease)
+                        .map_err(Refusal::ForNow);
+                }
+                Value::Int(_) => {
+                    let message = match self.options.mode {
+                        SubscribeMode::Exclusive => "the service is served or owned by others",
+                        _ => "the service has an exclusive owner",
+                    };
+                    return Err(Refusal::Final(Error::not_executed(
+                        ErrorKind::AlreadyOwned,
+                        message,
+                    )));
+                }
+                Value::Array(over) => {
+                    let mut pipeline = Pipeline::new();
+                    for name in over {
+                        if let Value::BulkString(name) = name {
+                            pipeline.add_command(reclaim(
+                                &self.keys,
+                                &String::from_utf8_lossy(name),
+                                false,
+                            ));
+                        }
+                    }
+                    // If it breaks, the next round finds out.
+                    let _ = live.execute(&pipeline).await;
+                }
+                other => return Err(Refusal::ForNow(error::unexpected("JOIN", other))),
+            }
+        }
+        Err(Refusal::ForNow(Error::not_executed(
+            ErrorKind::AlreadyOwned,
+            "the service's former owner is still being cleared away",
+        )))
+    }
+
+    /// Ends the taking of a session. What it holds stays settleable; what it took without our knowing goes back.
+    pub(crate) async fn retire(&self, session: &Arc<Session>) {
+        let mut pipeline = Pipeline::new();
+        let keys = &self.keys;
+        let mut command = scripts::QUIT.on(&[
+            &keys.live,
+            &session.held_key,
+            &keys.queue,
+            &keys.returned,
+            &keys.bell,
+        ]);
+        command.arg(&session.name).arg(millis(QUEUE_TTL));
+        pipeline.add_command(command);
+        let mut backoff = Backoff::default();
+        let tokens = loop {
+            if session.lease.is_cancelled() {
+                self.reclaim_own(session).await;
+                return;
+            }
+            // At close the registry is cleared for all sessions at once, whether this succeeds or not.
+            let ended = self.shared.ending.is_cancelled();
+            let ready = async {
+                if ended {
+                    self.shared.link.now()
+                } else {
+                    self.shared.link.clone().ready(&self.shared.ending).await
+                }
+            };
+            let Some(ready) = session.lease.run_until_cancelled(ready).await else {
+                continue;
+            };
+            let Some(mut live) = ready else {
+                return;
+            };
+            match live
+                .execute(&pipeline)
+                .await
+                .map(|mut answers| answers.pop())
+            {
+                Ok(Some(Value::ServerError(error))) if !error::is_lasting(&error) && !ended => {
+                    session.lease.run_until_cancelled(backoff.pause()).await;
+                }
+                Ok(answer) => break answer,
+                Err(_) if ended => return,
+                Err(_) => {}
+            }
+        };
+        let tokens = match tokens {
+            Some(Value::Array(tokens)) => tokens,
+            _ => Vec::new(),
+        };
+        let parse = |token: &Value| match token {
+            Value::BulkString(token) => Token::parse(token),
+            _ => None,
+        };
+        let mut unknown: Vec<Token> = tokens
+            .iter()
+            .filter_map(parse)
+            .filter(|token| token.number >= self.next)
+            .collect();
+        unknown.sort_by_key(|token| std::cmp::Reverse(token.number));
+        session.hold(unknown.len());
+        for token in unknown {
+            let end = End::GiveBack {
+                attempt: token.attempt,
+                keep: QUEUE_TTL,
+            };
+            self.shared
+                .completer
+                .push(Item::new(Arc::clone(session), token, end, None));
+        }
+        if !session.retire() {
+            return;
+        }
+        // At once and not by the completer: whoever waits for the end of a subscription may subscribe again.
+        let mut pipeline = Pipeline::new();
+        pipeline.add_command(leave(session));
+        match self.shared.link.try_execute(&pipeline).await.as_deref() {
+            Some([Value::Int(_)]) => session.leave(),
+            _ => self.shared.completer.leave(Arc::clone(session)),
+        }
+    }
+
+    /// Returns what a session of ours held whose lease is over by our clock. A renewal that was late may have prolonged it
+    /// in the registry, and there is no need to wait for its end.
+    async fn reclaim_own(&self, session: &Session) {
+        let mut pipeline = Pipeline::new();
+        pipeline.add_command(leave(session));
+        let mut backoff = Backoff::default();
+        loop {
+            let answers = self.shared.link.try_execute(&pipeline).await;
+            if matches!(answers.as_deref(), Some([Value::Int(_)])) {
+                return;
+            }
+            // Once stopped this is left to the monitors.
+            let pause = backoff.pause();
+            if self.stopping.run_until_cancelled(pause).await.is_none() {
+                return;
+            }
+        }
+    }
+}

@@ -31,6 +31,9 @@ const WAVES: usize = 2;
 /// How often withdrawn requests are forgotten, queues get their time to live and the clock is read.
 pub(crate) const TICK: Duration = Duration::from_secs(1);
 
+/// How long answers are waited for at the end, each time.
+const LAST_ANSWERS: Duration = Duration::from_millis(700);
+
 type Done = oneshot::Sender<Result<(), Error>>;
 
 /// The queue of sends.
@@ -203,7 +206,8 @@ impl Sender {
                 _ = tick.tick() => {
                     self.purge();
                     if let Some(live) = link.now() {
-                        writer.tick(live).await;
+                        // It waits for an answer, which must not hold up the end.
+                        ending.run_until_cancelled(writer.tick(live)).await;
                     }
                 }
                 // The requests are committed after this, so they are withdrawn in time while there is no connection.
@@ -217,12 +221,11 @@ impl Sender {
         }
         self.close();
         // What was written may still be answered.
-        let _ = tokio::time::timeout(Duration::from_secs(1), async {
-            while waves.next().await.is_some() {}
-        })
-        .await;
+        let answered = async { while waves.next().await.is_some() {} };
+        let _ = tokio::time::timeout(LAST_ANSWERS, answered).await;
+        drop(waves);
         if let Some(live) = link.now() {
-            writer.tick(live).await;
+            let _ = tokio::time::timeout(LAST_ANSWERS, writer.tick(live)).await;
         }
     }
 }

@@ -187,7 +187,18 @@ async fn what_was_written_and_not_answered_at_close_may_have_been_executed() {
         assert!(!ticket.withdraw(), "it was written");
         client.close().await;
     };
-    let (sent, ()) = within("closed", futures_util::future::join(sending, closing)).await;
+    let started = Instant::now();
+    let (sent, ()) = within("closed", async {
+        tokio::join!(
+            async {
+                let sent = sending.await;
+                assert!(started.elapsed() < Duration::from_secs(3));
+                sent
+            },
+            closing
+        )
+    })
+    .await;
     let error = sent.unwrap_err();
     assert_eq!(
         (error.kind(), error.executed()),

@@ -195,7 +195,8 @@ pub async fn start(options: BrokerOptions) -> Result<Broker, Unavailable> {
     Err(unavailable(reasons.join("; "), false))
 }
 
-/// A broker that runs. Dropping it stops and removes what was started for it.
+/// A broker that runs. Dropping it stops and removes what was started for it; a container must be dropped within a Tokio
+/// runtime.
 #[derive(Debug)]
 pub struct Broker {
     kind: BrokerKind,

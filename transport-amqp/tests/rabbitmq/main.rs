@@ -88,7 +88,8 @@ fn main() -> ExitCode {
     });
     let trials = trials.collect();
     let conclusion = libtest_mimic::run(&arguments, trials);
-    // Dropped here, and the broker with it, which process::exit would leave running.
+    // Dropped here, and the broker with it, which process::exit would leave running. A container is removed on a runtime.
+    let _entered = runtime.enter();
     drop(broker);
     conclusion.exit_code()
 }

@@ -9,6 +9,7 @@ use testcontainers::runners::AsyncRunner;
 use testcontainers::{
     ContainerAsync, ContainerRequest, GenericImage, ImageExt, TestcontainersError,
 };
+use tokio::runtime::Handle;
 use tokio::time::timeout;
 
 use super::{BrokerKind, BrokerOptions, Stop, ports, probe, process, rabbitmq, redis};
@@ -28,7 +29,8 @@ const GRACE_SECONDS: i32 = 30;
 #[derive(Debug)]
 pub(super) struct Container {
     kind: BrokerKind,
-    container: ContainerAsync<GenericImage>,
+    /// None only while it is dropped.
+    container: Option<ContainerAsync<GenericImage>>,
     authority: String,
     _watchdog: Option<Watchdog>,
 }
@@ -53,7 +55,7 @@ impl Container {
         };
         let this = Self {
             kind: options.kind,
-            container,
+            container: Some(container),
             authority: format!("{host}:{port}"),
             _watchdog: watchdog,
         };
@@ -70,21 +72,21 @@ impl Container {
             Stop::Graceful => GRACE_SECONDS,
             Stop::Kill => 0,
         };
-        done("stop", self.container.stop_with_timeout(Some(grace))).await?;
+        done("stop", self.container()?.stop_with_timeout(Some(grace))).await?;
         probe::gone(&self.authority, REQUEST).await
     }
 
     pub(super) async fn resume(&self) -> io::Result<()> {
-        done("start", self.container.start()).await?;
+        done("start", self.container()?.start()).await?;
         self.ready().await
     }
 
     pub(super) async fn freeze(&self) -> io::Result<()> {
-        done("pause", self.container.pause()).await
+        done("pause", self.container()?.pause()).await
     }
 
     pub(super) async fn thaw(&self) -> io::Result<()> {
-        done("unpause", self.container.unpause()).await
+        done("unpause", self.container()?.unpause()).await
     }
 
     pub(super) async fn ctl(&self, arguments: &[&str]) -> io::Result<String> {
@@ -96,8 +98,9 @@ impl Container {
             "rabbitmqctl",
         ];
         let command = ExecCommand::new(script.iter().chain(arguments).copied());
+        let container = self.container()?;
         let run = async {
-            let mut result = self.container.exec(command).await?;
+            let mut result = container.exec(command).await?;
             let printed = result.stdout_to_vec().await?;
             let complaint = result.stderr_to_vec().await?;
             Ok::<_, TestcontainersError>((printed, complaint))
@@ -115,16 +118,19 @@ impl Container {
     }
 
     pub(super) async fn log_tail(&self) -> String {
-        let logs = async {
-            tokio::join!(
-                self.container.stdout_to_vec(),
-                self.container.stderr_to_vec()
-            )
+        let Ok(container) = self.container() else {
+            return String::new();
         };
+        let logs = async { tokio::join!(container.stdout_to_vec(), container.stderr_to_vec()) };
         let Ok((stdout, stderr)) = timeout(REQUEST, logs).await else {
             return String::new();
         };
         process::tail(&[stdout.unwrap_or_default(), stderr.unwrap_or_default()].concat())
+    }
+
+    fn container(&self) -> io::Result<&ContainerAsync<GenericImage>> {
+        let container = self.container.as_ref();
+        container.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "the container is gone"))
     }
 
     async fn ready(&self) -> io::Result<()> {
@@ -143,10 +149,31 @@ impl Container {
 
     /// Waits until the container does not run.
     async fn ended(&self) -> io::Error {
-        while !matches!(self.container.is_running().await, Ok(false)) {
+        loop {
+            let container = match self.container() {
+                Ok(container) => container,
+                Err(error) => return error,
+            };
+            if matches!(container.is_running().await, Ok(false)) {
+                return io::Error::new(io::ErrorKind::BrokenPipe, "the container ended");
+            }
             tokio::time::sleep(CHECK).await;
         }
-        io::Error::new(io::ErrorKind::BrokenPipe, "the container ended")
+    }
+}
+
+impl Drop for Container {
+    fn drop(&mut self) {
+        // Removing a container needs a runtime, and panics without one; a test's own may have ended by now.
+        let runtime = match Handle::try_current() {
+            Ok(_) => None,
+            Err(_) => tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .ok(),
+        };
+        let _entered = runtime.as_ref().map(|runtime| runtime.enter());
+        drop(self.container.take());
     }
 }
 
@@ -202,17 +229,17 @@ fn failed(what: &str, error: &TestcontainersError) -> io::Error {
     io::Error::other(format!("container ({what}): {error}"))
 }
 
-/// Removes the container if this process dies without doing so. Its pipe ends when its owner does.
+/// Removes the container when its pipe ends, which it does when this is dropped or the process dies.
 #[derive(Debug)]
 struct Watchdog(Child);
 
 impl Watchdog {
-    /// None if there is no command for it.
+    /// None if there is no shell. Without the command `docker`, it does nothing.
     fn start(container: &str) -> Option<Self> {
         let mut command = Command::new("sh");
         command.args([
             "-c",
-            r#"read -r line || docker rm --force --volumes "$0""#,
+            r#"read -r line; docker rm --force --volumes "$0""#,
             container,
         ]);
         command
@@ -227,10 +254,9 @@ impl Watchdog {
 
 impl Drop for Watchdog {
     fn drop(&mut self) {
-        // The container was removed by its own drop, which comes first: it is declared before this.
-        if let Some(mut pipe) = self.0.stdin.take() {
-            let _ = io::Write::write_all(&mut pipe, b"done\n");
-        }
+        // The container is mostly gone by now: its own drop comes before that of this field, but keeps its failures
+        // to itself.
+        drop(self.0.stdin.take());
         let _ = self.0.wait();
     }
 }

@@ -198,6 +198,25 @@ async fn a_dropped_process_leaves_nothing() {
     assert!(process::signal(pid, "0").await.is_err());
 }
 
+#[test]
+fn a_broker_may_outlive_its_runtime() {
+    let runtime = || {
+        tokio::runtime::Builder::new_multi_thread()
+            .enable_all()
+            .build()
+            .unwrap()
+    };
+    let first = runtime();
+    let Some(broker) = first.block_on(configured(BrokerOptions::new(BrokerKind::Redis))) else {
+        return;
+    };
+    drop(first);
+    let authority = broker.authority();
+    runtime().block_on(broker.restart(Stop::Kill)).unwrap();
+    drop(broker);
+    assert!(std::net::TcpStream::connect(authority).is_err());
+}
+
 #[tokio::test]
 async fn a_server_that_does_not_start_says_why() {
     if process::find_program(&["redis-server"]).is_err() {

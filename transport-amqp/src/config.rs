@@ -6,6 +6,12 @@ use std::time::Duration;
 use antiphon_core::{Error, ErrorKind};
 use lapin::uri::{AMQPScheme, AMQPUri};
 
+/// What the broker offers, and other clients take.
+const FRAME_MAX: u32 = 128 * 1024;
+
+/// The parameter of the URL that is ours.
+const QUEUE_TYPE: &str = "queue_type";
+
 /// How to reach a RabbitMQ broker. `Debug` shows no password.
 #[derive(Clone)]
 #[non_exhaustive]
@@ -20,8 +26,10 @@ pub struct AmqpConfig {
     /// After what time without a consumer the broker removes the queue of one node (`SERVICE@NODE`).
     /// Default: 30 min. At least 1 ms.
     pub node_queue_expires: Duration,
-    /// The largest AMQP frame, in bytes. Each of the two connections takes about 64 times as much memory. Larger bodies
-    /// take several frames. Default: 32 KiB; at least 4 KiB.
+    /// The largest AMQP frame, in bytes. Larger bodies take several frames, but all headers of a message must fit into one: the
+    /// broker splits them for nobody, so a message with larger ones than this, from any peer, would end the connection each time
+    /// that it is delivered. Each of the two connections takes about 64 times as much memory.
+    /// Default: 128 KiB, as the broker and other clients have it; at least 4 KiB.
     pub frame_max: u32,
     uri: AMQPUri,
 }
@@ -44,16 +52,31 @@ impl QueueType {
             Self::Classic => "classic",
         }
     }
+
+    fn parse(name: &str) -> Option<Self> {
+        [Self::Quorum, Self::Classic]
+            .into_iter()
+            .find(|queue_type| queue_type.as_str() == name)
+    }
 }
 
 impl AmqpConfig {
     /// Takes `amqp://USER:PASSWORD@HOST:PORT/VHOST`, or `amqps://` with the feature `rustls`. User and password are `guest`,
     /// the port is 5672 (5671) and the virtual host is `/` unless given; a slash in its name is written `%2f`. The parameters
-    /// `heartbeat` (seconds) and `frame_max` (bytes) set the fields of these names.
+    /// `heartbeat` (seconds), `frame_max` (bytes) and `queue_type` (`quorum` or `classic`) set the fields of these names:
+    /// `amqp://h/?queue_type=classic`.
     ///
     /// # Errors
-    /// `Invalid` if it is no such URL; `Unsupported` for `amqps://` without the feature.
+    /// `Invalid` if it is no such URL, or a parameter has no such value; `Unsupported` for `amqps://` without the feature.
     pub fn from_url(url: &str) -> Result<Self, Error> {
+        let (url, queue_type) = split_queue_type(url);
+        let queue_type = match queue_type {
+            Some(name) => QueueType::parse(name).ok_or_else(|| {
+                let message = "queue_type is neither quorum nor classic";
+                Error::not_executed(ErrorKind::Invalid, message)
+            })?,
+            None => QueueType::default(),
+        };
         // What is wrong is not repeated: it may hold a password.
         let mut uri: AMQPUri = url.parse().map_err(|_| {
             let message = "not a URL like amqp://user:password@host:5672/vhost";
@@ -71,9 +94,9 @@ impl AmqpConfig {
         Ok(Self {
             connect_timeout: Duration::from_secs(10),
             heartbeat: Duration::from_secs(heartbeat.unwrap_or(10).into()),
-            queue_type: QueueType::default(),
+            queue_type,
             node_queue_expires: Duration::from_secs(30 * 60),
-            frame_max: uri.query.frame_max.unwrap_or(32 * 1024),
+            frame_max: uri.query.frame_max.unwrap_or(FRAME_MAX),
             uri,
         })
     }
@@ -109,6 +132,24 @@ impl fmt::Debug for AmqpConfig {
     }
 }
 
+/// The URL without the parameter that is ours, and its last value.
+fn split_queue_type(url: &str) -> (String, Option<&str>) {
+    let Some((address, query)) = url.split_once('?') else {
+        return (url.to_owned(), None);
+    };
+    let (mut rest, mut value) = (Vec::new(), None);
+    for parameter in query.split('&') {
+        match parameter.split_once('=') {
+            Some((QUEUE_TYPE, given)) => value = Some(given),
+            _ => rest.push(parameter),
+        }
+    }
+    match rest.is_empty() {
+        true => (address.to_owned(), value),
+        false => (format!("{address}?{}", rest.join("&")), value),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -139,8 +180,32 @@ mod tests {
         let uri = AmqpConfig::from_url("amqp://h").unwrap().uri();
         assert_eq!(
             (uri.query.heartbeat, uri.query.frame_max),
-            (Some(10), Some(32768))
+            (Some(10), Some(131_072))
         );
+    }
+
+    #[test]
+    fn the_queue_type_is_ours() {
+        let config =
+            AmqpConfig::from_url("amqp://h/?heartbeat=3&queue_type=classic&frame_max=8192")
+                .unwrap();
+        assert_eq!(config.queue_type, QueueType::Classic);
+        assert_eq!(
+            (config.heartbeat, config.frame_max),
+            (Duration::from_secs(3), 8192)
+        );
+        for (url, queue_type) in [
+            ("amqp://h/?queue_type=classic", QueueType::Classic),
+            ("amqp://h?queue_type=quorum", QueueType::Quorum),
+            ("amqp://h/", QueueType::Quorum),
+        ] {
+            let config = AmqpConfig::from_url(url).unwrap();
+            assert_eq!((config.queue_type, &*config.uri.vhost), (queue_type, "/"));
+        }
+        for url in ["amqp://h/?queue_type=stream", "amqp://h/?queue_type="] {
+            let error = AmqpConfig::from_url(url).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Invalid, "{url}");
+        }
     }
 
     #[test]

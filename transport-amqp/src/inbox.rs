@@ -19,7 +19,7 @@ use crate::error::{Failure, RESOURCE_LOCKED, closed};
 use crate::link::{Link, LinkState, Session, backoff, bounded};
 use crate::message;
 use crate::naming;
-use crate::recovery::{Member, Members};
+use crate::recovery::{Member, Members, Role};
 
 /// The most replies that are handed over at once.
 const BATCH: usize = 256;
@@ -84,7 +84,7 @@ impl AmqpInbox {
             address: ReplyAddress::new(&name)?,
             consumer: Some(consumer),
             session: session.number,
-            member: members.enter(session.number),
+            member: members.enter(Role::Inbox, session.number),
             ended,
             restored,
             ended_here: false,

@@ -12,7 +12,7 @@ use lapin::message::Delivery;
 use lapin::options::{BasicCancelOptions, BasicConsumeOptions, BasicQosOptions};
 use lapin::types::{FieldTable, ShortString};
 use lapin::{Channel, Consumer};
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::acker::Acker;
@@ -51,6 +51,9 @@ pub(crate) struct Intake {
     pub(crate) lease: CancellationToken,
     main: Lane,
     retry: Option<Lane>,
+    /// The connection was lost to a message that the client library cannot read.
+    pub(crate) unreadable: bool,
+    pub(crate) opened: Instant,
     /// The retry queue, while the broker does not give it to us.
     attaching: Option<BoxFuture<'static, Lane>>,
 }
@@ -118,6 +121,8 @@ impl Intake {
         Ok(Self {
             session: Arc::clone(session),
             lease: CancellationToken::new(),
+            unreadable: false,
+            opened: Instant::now(),
             main,
             attaching: retry.is_none().then_some(attaching),
             retry,
@@ -133,12 +138,18 @@ impl Intake {
                 self.attaching = None;
                 self.retry = Some(lane);
             }
-            for (origin, lane) in self.lanes() {
+            let retry = self.retry.iter_mut().map(|lane| (Origin::Retry, lane));
+            for (origin, lane) in retry.chain([(Origin::Main, &mut self.main)]) {
                 match lane.consumer.poll_next_unpin(cx) {
                     Poll::Ready(Some(Ok(delivery))) => {
                         return Poll::Ready(Some((origin, delivery)));
                     }
-                    Poll::Ready(Some(Err(_)) | None) => return Poll::Ready(None),
+                    Poll::Ready(Some(Err(error))) => {
+                        let kind = error.kind();
+                        self.unreadable = matches!(kind, lapin::ErrorKind::ParsingError(_));
+                        return Poll::Ready(None);
+                    }
+                    Poll::Ready(None) => return Poll::Ready(None),
                     Poll::Pending => {}
                 }
             }

@@ -100,6 +100,17 @@ impl Link {
         }
     }
 
+    pub(crate) fn is_blocked(&self) -> bool {
+        self.blocked.borrow().is_some()
+    }
+
+    /// A channel to publish on did not come. While the broker blocks us it answers nothing, and the connection is well.
+    pub(crate) fn suspect(&self, session: &Session) {
+        if session.is_alive() && !self.is_blocked() {
+            session.suspect();
+        }
+    }
+
     /// Waits for a connection; `None` once the link is closed.
     pub(crate) async fn next_session(&mut self) -> Option<Arc<Session>> {
         let state = self
@@ -178,6 +189,11 @@ pub(crate) fn backoff(attempt: u32) -> Duration {
     let ceiling = BACKOFF_MIN
         .saturating_mul(1 << attempt.min(10))
         .min(BACKOFF_MAX);
+    jitter(ceiling)
+}
+
+/// A random time of at most `ceiling`.
+pub(crate) fn jitter(ceiling: Duration) -> Duration {
     let (random, _) = Uuid::new_v4().as_u64_pair();
     // Bits 12 to 15 of the upper half are the version; the 32 above them are random.
     ceiling.mul_f64(f64::from((random >> 32) as u32) / f64::from(u32::MAX))

@@ -174,9 +174,7 @@ impl Publisher {
             }
             Err(failure) => {
                 tracing::debug!(%failure, "no channel to publish on");
-                if session.is_alive() {
-                    session.suspect();
-                }
+                self.link.suspect(&session);
                 false
             }
         }

@@ -17,14 +17,24 @@ const RESTORE_TIMEOUT: Duration = Duration::from_secs(2);
 /// All inboxes and subscriptions, and the life of the consuming connection that each was last ready on.
 #[derive(Debug)]
 pub(crate) struct Members {
-    ready: Mutex<HashMap<u64, u64>>,
+    ready: Mutex<HashMap<u64, (Role, u64)>>,
     changed: watch::Sender<u64>,
+}
+
+/// What a member is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// Nothing is sent until it is back.
+    Inbox,
+    /// What is sent does not depend on it.
+    Subscription,
 }
 
 /// One inbox or subscription. It is no longer waited for when this is dropped.
 #[derive(Debug)]
 pub(crate) struct Member {
     id: u64,
+    role: Role,
     members: Arc<Members>,
 }
 
@@ -37,24 +47,33 @@ impl Members {
     }
 
     /// Enters somebody who is ready on the given life of the connection.
-    pub(crate) fn enter(self: &Arc<Self>, session: u64) -> Member {
+    pub(crate) fn enter(self: &Arc<Self>, role: Role, session: u64) -> Member {
         let mut id = 0;
         self.changed.send_modify(|next| {
             id = *next;
             *next += 1;
         });
-        self.lock().insert(id, session);
+        self.lock().insert(id, (role, session));
         Member {
             id,
+            role,
             members: Arc::clone(self),
         }
     }
 
-    fn all_ready(&self, session: u64) -> bool {
-        self.lock().values().all(|&ready| ready >= session)
+    /// Whether all inboxes, and all of both, are back.
+    fn ready(&self, session: u64) -> (bool, bool) {
+        let ready = self.lock();
+        let missing = |role| {
+            ready
+                .values()
+                .any(|&(other, at)| other == role && at < session)
+        };
+        let inboxes = !missing(Role::Inbox);
+        (inboxes, inboxes && !missing(Role::Subscription))
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<u64, u64>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<u64, (Role, u64)>> {
         self.ready.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -62,7 +81,8 @@ impl Members {
 impl Member {
     /// Says that it is back, on the given life of the connection.
     pub(crate) fn ready(&self, session: u64) {
-        self.members.lock().insert(self.id, session);
+        let entry = (self.role, session);
+        self.members.lock().insert(self.id, entry);
         self.members.changed.send_modify(|next| *next += 1);
     }
 }
@@ -89,17 +109,19 @@ pub(crate) async fn keep_state(
     let mut patience = (0, Instant::now());
     loop {
         let current = consume.state.borrow_and_update().clone();
-        let (restored, deadline) = match &current {
+        let (open, restored, deadline) = match &current {
             LinkState::Up(session) => {
                 if patience.0 != session.number {
                     patience = (session.number, Instant::now() + RESTORE_TIMEOUT);
                 }
-                let restored = members.all_ready(session.number) || patience.1 <= Instant::now();
-                (restored, (!restored).then_some(patience.1))
+                let over = patience.1 <= Instant::now();
+                let (inboxes, all) = members.ready(session.number);
+                let restored = all || over;
+                (inboxes || over, restored, (!restored).then_some(patience.1))
             }
-            LinkState::Down(_) | LinkState::Closed => (false, None),
+            LinkState::Down(_) | LinkState::Closed => (false, false, None),
         };
-        gate.send_if_modified(|open| std::mem::replace(open, restored) != restored);
+        gate.send_if_modified(|old| std::mem::replace(old, open) != open);
         let new = describe(
             &current,
             &publish.state.borrow_and_update(),

@@ -25,7 +25,7 @@ use crate::link::Link;
 use crate::naming::{self, QueueNames};
 use crate::prober::Prober;
 use crate::publisher::{Job, OutgoingRequest, Publisher, What};
-use crate::recovery::{Members, keep_state};
+use crate::recovery::{Members, Role, keep_state};
 use crate::subscription::AmqpSubscription;
 use crate::topology::Claims;
 
@@ -258,7 +258,7 @@ impl Transport for AmqpTransport {
                 None => return,
             };
             let route = Route {
-                member: members.enter(intake.session.number),
+                member: members.enter(Role::Subscription, intake.session.number),
                 plan,
                 consume,
                 publish,

@@ -11,12 +11,20 @@ use tokio::time::Instant;
 use super::settling::lost_lease;
 use super::{BATCH, Courier};
 use crate::held::{Decoded, Held, Identity, Progress, Work};
-use crate::intake::Origin;
+use crate::intake::{Intake, Origin};
+use crate::link::jitter;
 use crate::message;
 use crate::settle::AmqpSettlement;
 
 /// A request from the retry queue that finds all handlers busy so long goes back, for another server to take.
 const RETRY_WAITS: Duration = Duration::from_millis(250);
+
+/// A queue that lasts so long holds no unreadable message.
+const UNREADABLE_LASTS: Duration = Duration::from_secs(1);
+
+/// How long a queue that may hold one stays closed: at first, twice as long each time, and at most.
+const UNREADABLE_WAITS: Duration = Duration::from_millis(100);
+const UNREADABLE_WAITS_MAX: Duration = Duration::from_secs(30);
 
 impl Courier {
     /// Takes what arrived, and what arrived with it. `None` means that the channel or a queue is gone.
@@ -214,11 +222,38 @@ impl Courier {
             .then(|| held.taken() + RETRY_WAITS)
     }
 
+    /// A message that the client library cannot read costs all subscriptions of the transport their connection. Nobody can say whose
+    /// it was, but its queue is one that was opened just before. Such queues are opened again later and later, so that
+    /// the others are served in between; these are soon told apart, because they last.
+    fn blame(&mut self, intake: &Intake) {
+        if !intake.unreadable || intake.opened.elapsed() >= UNREADABLE_LASTS {
+            self.unreadable = 0;
+            return;
+        }
+        self.unreadable = self.unreadable.saturating_add(1);
+        let (queue, times) = (&self.route.plan.names.main, self.unreadable);
+        tracing::error!(%queue, times, "the connection was lost to an unreadable message, perhaps from this queue");
+    }
+
+    /// How long to wait before the queue is opened again.
+    pub(super) fn reopens_after(&self) -> Duration {
+        match self.unreadable {
+            0 => Duration::ZERO,
+            times => {
+                let ceiling = UNREADABLE_WAITS.saturating_mul(1 << times.min(10));
+                let ceiling = ceiling.min(UNREADABLE_WAITS_MAX);
+                // Not at once with the others: who comes back alone is told apart.
+                ceiling / 2 + jitter(ceiling / 2)
+            }
+        }
+    }
+
     /// The channel is gone: no tag is good any more, and the broker gives all that was not acknowledged to somebody.
     pub(super) fn lose_intake(&mut self) {
         let Some(intake) = self.intake.take() else {
             return;
         };
+        self.blame(&intake);
         intake.lease.cancel();
         for held in self.held.values_mut() {
             held.tag = None;

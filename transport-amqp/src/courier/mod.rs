@@ -85,6 +85,8 @@ pub(crate) struct Courier {
     recent: Recent,
     /// Of all that peers of ours sent: it survives a lost connection.
     lease: CancellationToken,
+    /// How often in a row the connection was lost to an unreadable message soon after the queue was opened.
+    unreadable: u32,
     tick: Option<Instant>,
     stopping: bool,
 }
@@ -118,6 +120,7 @@ impl Courier {
             sent: Sent::default(),
             recent: Recent::default(),
             lease: CancellationToken::new(),
+            unreadable: 0,
             tick: None,
             stopping: false,
         }
@@ -162,9 +165,15 @@ impl Courier {
         if self.intake.is_none() && self.opening.is_none() && !self.stopping {
             let link = self.route.consume.clone();
             let open = Intake::open(link, Arc::clone(&self.route.plan));
-            self.opening = Some(open.boxed());
+            let pause = self.reopens_after();
+            let opening = async move {
+                sleep(pause).await;
+                open.await
+            };
+            self.opening = Some(opening.boxed());
         }
-        if self.outlet.is_none() && !self.unsent.is_empty() {
+        let due = !self.unsent.is_empty() && !self.route.publish.is_blocked();
+        if self.outlet.is_none() && due {
             let Some(session) = self.route.publish.session() else {
                 return;
             };
@@ -172,9 +181,7 @@ impl Courier {
                 Ok(channel) => self.outlet = Some(Outlet::new(channel)),
                 Err(failure) => {
                     tracing::debug!(%failure, "no channel to publish replies on");
-                    if session.is_alive() {
-                        session.suspect();
-                    }
+                    self.route.publish.suspect(&session);
                 }
             }
         }

@@ -86,3 +86,36 @@ pub(crate) async fn blocked_requests_wait_and_are_withdrawn(bench: Bench) -> Ver
     assert_eq!(*transport.state().borrow(), ConnectionState::Connected);
     Ok(())
 }
+
+/// A connection that is blocked before a server had a channel for its replies is well, however long that takes.
+pub(crate) async fn a_reply_waits_for_the_alarm_to_end(bench: Bench) -> Verdict {
+    let service = fresh("blocked-reply");
+    let transport: Arc<dyn Transport> = bench.connect().await;
+    let slow = |body: Bytes| async move {
+        sleep(Duration::from_secs(2)).await;
+        Ok::<_, Fault>(body)
+    };
+    let server = Server::new(Arc::clone(&transport)).handle_raw(service.as_str(), slow);
+    let _server = server.start().await.unwrap();
+    let other = bench.client().await;
+    let call = other.call_raw(service.as_str(), "body");
+    let call = tokio::spawn(call.timeout(Duration::from_secs(30)).into_future());
+    sleep(Duration::from_millis(300)).await;
+    bench
+        .ctl(&["set_vm_memory_high_watermark", "0.00001"])
+        .await?;
+    // Who publishes is told that it is blocked.
+    let client = Client::open(Arc::clone(&transport), ClientConfig::default())
+        .await
+        .unwrap();
+    let blocked = client.call_raw(fresh("nobody"), "");
+    let blocked = blocked.timeout(Duration::from_millis(300)).await;
+    assert!(blocked.is_err());
+    let mut state = transport.state();
+    let lost = state.wait_for(|state| matches!(state, ConnectionState::Disconnected { .. }));
+    let lost = tokio::time::timeout(Duration::from_secs(8), lost).await;
+    bench.ctl(&["set_vm_memory_high_watermark", "0.4"]).await?;
+    assert!(lost.is_err(), "the connection was given up");
+    assert_eq!(&call.await.unwrap().unwrap().body[..], b"body");
+    Ok(())
+}

@@ -38,6 +38,7 @@ fn main() -> ExitCode {
         peers::a_fault_for_a_plain_peer_is_json,
         peers::a_request_without_reply_to_is_run,
         peers::what_is_no_request_is_buried,
+        peers::large_headers_cost_nobody_the_connection,
         queues::a_service_queue_is_declared_once_and_used_as_it_is,
         queues::an_inbox_is_removed_with_its_owner,
         queues::names_of_other_queues_are_refused,
@@ -50,6 +51,7 @@ fn main() -> ExitCode {
         faults::an_owner_takes_its_service_back_from_its_ghost,
         alone::losing_the_publisher_costs_no_call,
         alone::blocked_requests_wait_and_are_withdrawn,
+        alone::a_reply_waits_for_the_alarm_to_end,
     ];
     let arguments = Arguments::from_args();
     let runtime = Runtime::new().expect("a runtime");

@@ -167,3 +167,23 @@ pub(crate) async fn what_is_no_request_is_buried(bench: Bench) {
         .await;
     assert_eq!(next(&mut replies).await.data, b"832040");
 }
+
+/// As large as the broker lets other clients send them; it splits them for nobody.
+pub(crate) async fn large_headers_cost_nobody_the_connection(bench: Bench) {
+    let service = fresh("headers");
+    let transport = bench.connect().await;
+    let echo = |body: Bytes| async move { Ok::<_, Fault>(body) };
+    let server = Server::new(transport.clone()).handle_raw(service.as_str(), echo);
+    let _server = server.start().await.unwrap();
+    let mut state = antiphon_core::Transport::state(&*transport);
+    state.mark_unchanged();
+    let plain = bench.plain().await;
+    let mut replies = plain.consume("amq.rabbitmq.reply-to", true).await;
+    let mut headers = FieldTable::default();
+    let large = lapin::types::AMQPValue::LongString("x".repeat(100 * 1024).into());
+    headers.insert("large".into(), large);
+    let properties = request("amq.rabbitmq.reply-to", "1").with_headers(headers);
+    plain.publish(&service, properties, b"hello").await;
+    assert_eq!(next(&mut replies).await.data, b"hello");
+    assert!(!state.has_changed().unwrap(), "{:?}", *state.borrow());
+}

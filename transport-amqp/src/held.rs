@@ -39,7 +39,9 @@ pub(crate) struct Held {
     taken: Instant,
     /// When a reply first came back.
     returned: Option<Instant>,
-    /// How many channels died with something of it.
+    /// Its reply was replaced by a fault.
+    pub(crate) replaced: bool,
+    /// How many channels the broker closed while something of it was on them.
     pub(crate) deaths: u32,
 }
 
@@ -111,6 +113,7 @@ impl Held {
             body,
             taken: Instant::now(),
             returned: None,
+            replaced: false,
             deaths: 0,
         }
     }
@@ -143,6 +146,8 @@ impl Held {
         };
         let left = message::time_to_live(&self.properties)
             .map(|budget| budget.saturating_sub(self.taken.elapsed()));
+        // The headers of plain peers may be what the broker does not take back.
+        let bare = self.deaths > 1;
         let (queue, properties, body) = match work {
             Work::Reply(reply) => {
                 let correlation = self.properties.correlation_id().clone();
@@ -150,7 +155,7 @@ impl Held {
                 (self.reply_to()?.clone(), properties, body)
             }
             Work::Bury { reason, .. } => {
-                let properties = message::bury(&self.properties, self.attempt, reason);
+                let properties = message::bury(&self.properties, self.attempt, reason, bare);
                 (names.dead.clone(), properties, self.body.clone())
             }
             Work::Release => {
@@ -158,12 +163,12 @@ impl Held {
                     Origin::Main => (&names.main, 1),
                     Origin::Retry => (&names.retry, self.attempt),
                 };
-                let properties = message::forward(&self.properties, attempt, left);
+                let properties = message::forward(&self.properties, attempt, left, bare);
                 (queue.clone(), properties, self.body.clone())
             }
             Work::Retry => {
                 let attempt = self.attempt.saturating_add(1);
-                let properties = message::forward(&self.properties, attempt, left);
+                let properties = message::forward(&self.properties, attempt, left, bare);
                 (names.retry.clone(), properties, self.body.clone())
             }
         };

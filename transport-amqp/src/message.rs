@@ -22,6 +22,9 @@ const ATTEMPT: &str = "antiphon-attempt";
 /// On dead letters: why.
 const REASON: &str = "antiphon-reason";
 
+/// The longest reason, in bytes.
+const REASON_MAX: usize = 1024;
+
 const FAULT: &str = "fault";
 
 /// Kept on disk where the queue is.
@@ -192,12 +195,14 @@ pub(crate) fn attempt(properties: &BasicProperties) -> u32 {
 }
 
 /// The properties of a request that goes to a queue once more: all that its sender set, with what is left of its time.
+/// If it is to be `bare`, without headers other than ours.
 pub(crate) fn forward(
     properties: &BasicProperties,
     attempt: u32,
     remaining: Option<Duration>,
+    bare: bool,
 ) -> BasicProperties {
-    let mut table = own_headers(properties);
+    let mut table = own_headers(properties, bare);
     if attempt > 1 {
         table.insert(ATTEMPT.into(), text(&attempt.to_string()));
     }
@@ -208,19 +213,31 @@ pub(crate) fn forward(
     }
 }
 
-/// The properties of a dead letter: all that its sender set but the expiration, and why it is dead.
-pub(crate) fn bury(properties: &BasicProperties, attempt: u32, reason: &str) -> BasicProperties {
-    let mut table = own_headers(properties);
+/// The properties of a dead letter: all that its sender set but the expiration, and why it is dead, in at most 1 KiB.
+pub(crate) fn bury(
+    properties: &BasicProperties,
+    attempt: u32,
+    reason: &str,
+    bare: bool,
+) -> BasicProperties {
+    let mut table = own_headers(properties, bare);
+    // All headers must fit into one frame.
+    let end = (0..=reason.len().min(REASON_MAX)).rfind(|&at| reason.is_char_boundary(at));
+    let reason = end.map_or("", |end| &reason[..end]);
     table.insert(ATTEMPT.into(), text(&attempt.to_string()));
     table.insert(REASON.into(), text(reason));
     keep(properties, table)
 }
 
 /// The headers that may be published again. Brokers route by `CC` and `BCC`, and count in `x-delivery-count`.
-fn own_headers(properties: &BasicProperties) -> FieldTable {
+fn own_headers(properties: &BasicProperties, bare: bool) -> FieldTable {
     let mut table = FieldTable::default();
     for (name, value) in properties.headers().iter().flatten() {
-        if !matches!(name.as_str(), "CC" | "BCC" | "x-delivery-count") {
+        let kept = match name.as_str() {
+            "CC" | "BCC" | "x-delivery-count" => false,
+            name => !bare || name.starts_with("antiphon-"),
+        };
+        if kept {
             table.insert(name.clone(), value.clone());
         }
     }
@@ -463,12 +480,17 @@ mod tests {
     #[test]
     fn what_goes_round_again_stays_as_it_is() {
         let properties = encode_request(&request(), Some(Duration::from_secs(2)));
-        let again = forward(&properties, 3, Some(Duration::from_millis(700)));
+        let again = forward(&properties, 3, Some(Duration::from_millis(700)), false);
         assert_eq!(attempt(&again), 3);
         assert_eq!(time_to_live(&again), Some(Duration::from_millis(700)));
         assert!(!is_plain(&again));
         assert_eq!(again.correlation_id(), properties.correlation_id());
-        let dead = bury(&properties, 6, "poison");
+        let bare = forward(&properties, 3, None, true);
+        assert_eq!((attempt(&bare), find(&bare, "tenant")), (3, None));
+        assert_eq!(find(&again, "tenant"), Some("a"));
+        let long = bury(&properties, 6, &"\u{e9}x".repeat(1024), false);
+        assert_eq!(find(&long, REASON).map(str::len), Some(1023));
+        let dead = bury(&properties, 6, "poison", false);
         assert_eq!(
             (time_to_live(&dead), find(&dead, REASON)),
             (None, Some("poison"))

@@ -9,6 +9,7 @@ use std::task::{Context, Poll, Waker};
 use bytes::Bytes;
 use lapin::message::BasicReturnMessage;
 use lapin::options::BasicPublishOptions;
+use lapin::protocol::AMQPErrorKind;
 use lapin::types::ShortString;
 use lapin::{BasicProperties, Channel, Confirmation};
 
@@ -32,8 +33,9 @@ pub(crate) enum Fate {
     Refused,
     /// There is no such queue.
     Returned,
-    /// The channel died before the broker's word.
-    Lost,
+    /// The channel died before the broker's word; `refused` if it was the broker that closed the channel alone, so that some
+    /// message on it may be the reason.
+    Lost { refused: bool },
 }
 
 /// A channel in confirm mode, owned by one task.
@@ -64,7 +66,7 @@ enum Progress {
     Waiting(Pin<Box<dyn Future<Output = lapin::Result<Confirmation>> + Send>>),
     Acked,
     Nacked,
-    Lost,
+    Lost { refused: bool },
 }
 
 impl<T> Outlet<T> {
@@ -185,9 +187,11 @@ impl<T> Outlet<T> {
         }
     }
 
-    /// Gives all messages up whose fate is not known.
-    pub(crate) fn abandon(self) -> impl Iterator<Item = T> {
-        self.slots.into_iter().map(|slot| slot.token)
+    /// Takes out all messages; what is not known by now never will be. For a channel that is dead, or not needed any more.
+    pub(crate) fn abandon(mut self, fates: &mut Vec<(T, Fate)>) {
+        // Confirms that came just before the channel died.
+        self.sweep(fates);
+        fates.extend(self.slots.into_iter().map(Slot::into_fate));
     }
 
     /// Asks each confirm; true if any is known. It wakes nobody: who sleeps calls `poll_prompt` first.
@@ -255,9 +259,12 @@ impl<T> Slot<T> {
     fn into_fate(self) -> (T, Fate) {
         let fate = match self.progress {
             _ if self.returned => Fate::Returned,
+            // Known, but whether it came back is not: there was no barrier.
+            Progress::Acked if !self.settled => Fate::Lost { refused: false },
             Progress::Acked => Fate::Accepted,
             Progress::Nacked => Fate::Refused,
-            Progress::Lost | Progress::Waiting(_) => Fate::Lost,
+            Progress::Lost { refused } => Fate::Lost { refused },
+            Progress::Waiting(_) => Fate::Lost { refused: false },
         };
         (self.token, fate)
     }
@@ -268,6 +275,15 @@ fn judge(result: lapin::Result<Confirmation>) -> (Progress, Option<BasicReturnMe
         Ok(Confirmation::Ack(returned)) => (Progress::Acked, returned),
         Ok(Confirmation::Nack(returned)) => (Progress::Nacked, returned),
         // Confirms are always on; without them nothing is known.
-        Ok(Confirmation::NotRequested) | Err(_) => (Progress::Lost, None),
+        Ok(Confirmation::NotRequested) => (Progress::Lost { refused: false }, None),
+        Err(error) => {
+            let refused = match error.kind() {
+                lapin::ErrorKind::ProtocolError(error) => {
+                    matches!(error.kind(), AMQPErrorKind::Soft(_))
+                }
+                _ => false,
+            };
+            (Progress::Lost { refused }, None)
+        }
     }
 }

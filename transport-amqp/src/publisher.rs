@@ -229,7 +229,7 @@ impl Publisher {
                 ErrorKind::Overloaded,
                 "the broker did not take the request",
             )),
-            (What::Request(_), Fate::Lost) => Err(Error::maybe_executed(
+            (What::Request(_), Fate::Lost { .. }) => Err(Error::maybe_executed(
                 ErrorKind::ConnectionLost,
                 "the connection was lost before the broker accepted the request",
             )),
@@ -239,7 +239,7 @@ impl Publisher {
                 ErrorKind::Overloaded,
                 "the broker did not take the reply",
             )),
-            (What::Reply { .. }, Fate::Lost) => Err(Error::maybe_executed(
+            (What::Reply { .. }, Fate::Lost { .. }) => Err(Error::maybe_executed(
                 ErrorKind::ConnectionLost,
                 "the connection was lost before the broker accepted the reply",
             )),
@@ -268,9 +268,10 @@ impl Publisher {
             return;
         };
         self.session = None;
-        let lost: Vec<Job> = outlet.abandon().collect();
-        for job in lost {
-            self.decide(job, Fate::Lost);
+        let mut fates = Vec::new();
+        outlet.abandon(&mut fates);
+        for (job, fate) in fates {
+            self.decide(job, fate);
         }
     }
 
@@ -297,9 +298,19 @@ impl Publisher {
         for job in self.queue.drain(..).chain(self.absent.drain()) {
             let _ = job.done.send(Err(closed()));
         }
-        for job in self.outlet.take().into_iter().flat_map(Outlet::abandon) {
-            let error = Error::maybe_executed(ErrorKind::Closed, "the transport was closed");
-            let _ = job.done.send(Err(error));
+        let mut fates = Vec::new();
+        if let Some(outlet) = self.outlet.take() {
+            outlet.abandon(&mut fates);
+        }
+        for (job, fate) in fates {
+            let result = match fate {
+                Fate::Accepted => Ok(()),
+                _ => {
+                    let message = "the transport was closed";
+                    Err(Error::maybe_executed(ErrorKind::Closed, message))
+                }
+            };
+            let _ = job.done.send(result);
         }
     }
 }

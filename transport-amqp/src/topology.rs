@@ -39,7 +39,8 @@ pub(crate) async fn ensure(
     let mut arguments = FieldTable::default();
     let queue_type = AMQPValue::LongString(config.queue_type.as_str().into());
     arguments.insert("x-queue-type".into(), queue_type);
-    if names.is_node {
+    // Dead letters wait for somebody to read them.
+    if names.is_node && *queue != names.dead {
         let millis = config.node_queue_expires.as_millis().max(1);
         let millis = i64::try_from(millis).unwrap_or(i64::MAX);
         arguments.insert("x-expires".into(), AMQPValue::LongLongInt(millis));
@@ -48,6 +49,14 @@ pub(crate) async fn ensure(
         .declare(queue, QueueDeclareOptions::durable(), arguments)
         .await;
     match declared {
+        // The same is refused whenever it is tried again, such as a queue type that the broker does not know.
+        Err(failure) if failure.is(PRECONDITION_FAILED) && look(session, queue).await.is_err() => {
+            let message = format!("declaring {queue}: {failure}");
+            Err(Failure::Final(Error::not_executed(
+                ErrorKind::Broker,
+                message,
+            )))
+        }
         // Somebody else declared it in between, in another way.
         Err(failure) if failure.is(PRECONDITION_FAILED) => look(session, queue).await.map(drop),
         other => other.map(drop),
@@ -71,16 +80,17 @@ pub(crate) async fn own(
     marker: &ShortString,
 ) -> Result<(), Failure> {
     let started = Instant::now();
+    // When the ghost was last seen: what is its own goes soon after its marker, but not with it.
+    let mut since = started;
     while let Err(failure) = declare_exclusive(session, &names.owner).await {
         if !failure.is(RESOURCE_LOCKED) {
             return Err(failure);
         }
-        let patience = match look(session, marker).await {
-            // It only looked dead: the broker buries it when its heartbeats run out.
-            Err(failure) if failure.is(RESOURCE_LOCKED) => config.heartbeat * 3,
-            _ => OWNER_LINGERS,
-        };
-        if started.elapsed() >= patience {
+        // It only looked dead: the broker buries it when its heartbeats run out.
+        if matches!(look(session, marker).await, Err(failure) if failure.is(RESOURCE_LOCKED)) {
+            since = Instant::now();
+        }
+        if since.elapsed() >= OWNER_LINGERS || started.elapsed() >= config.heartbeat * 3 {
             return Err(already_owned(names, "another exclusive subscriber owns it"));
         }
         sleep(LOOK_AGAIN).await;

@@ -19,6 +19,9 @@ use crate::settle::AmqpSettlement;
 /// A request from the retry queue that finds all handlers busy so long goes back, for another server to take.
 const RETRY_WAITS: Duration = Duration::from_millis(250);
 
+/// What the broker has back comes again so soon after the queue was opened, if it comes here.
+const COPIES_COME: Duration = Duration::from_secs(1);
+
 /// A queue that lasts so long holds no unreadable message.
 const UNREADABLE_LASTS: Duration = Duration::from_secs(1);
 
@@ -121,12 +124,15 @@ impl Courier {
 
     /// Hands over what waits, as far as handlers are free.
     pub(super) fn hand_over(&mut self, now: Instant) {
+        self.drop_lost(now);
         let mut parked = Vec::new();
         while self.handed < self.route.plan.prefetch {
             let Some(key) = self.waiting.pop_front() else {
                 break;
             };
-            if self.is_parked(key) {
+            // Its channel was lost, and it is in its queue again: it runs here only if its copy comes here.
+            let lost = self.held.get(&key).is_some_and(|held| held.tag.is_none());
+            if lost || self.is_parked(key) {
                 parked.push(key);
                 continue;
             }
@@ -166,6 +172,31 @@ impl Courier {
         }
     }
 
+    /// Forgets what waits and lost its channel, once its copy will hardly come here any more.
+    fn drop_lost(&mut self, now: Instant) {
+        if self.copies_until().is_none_or(|until| until > now) {
+            return;
+        }
+        let held = &mut self.held;
+        self.waiting.retain(|key| {
+            let lost = held.get(key).is_none_or(|held| held.tag.is_none());
+            if lost {
+                held.remove(key);
+            }
+            !lost
+        });
+    }
+
+    /// Until when copies of what waits and lost its channel are expected.
+    pub(super) fn copies_until(&self) -> Option<Instant> {
+        let intake = self.intake.as_ref()?;
+        let lost = |key| self.held.get(key).is_some_and(|held| held.tag.is_none());
+        self.waiting
+            .iter()
+            .any(lost)
+            .then(|| intake.opened + COPIES_COME)
+    }
+
     /// True of a request from the retry queue while that of which it is the copy is not acknowledged: if it killed this server
     /// now, both would come back, and the count of one would be lost.
     fn is_parked(&self, key: u64) -> bool {
@@ -173,10 +204,11 @@ impl Courier {
             return false;
         };
         copy.origin == Origin::Retry
-            && self
-                .held
-                .iter()
-                .any(|(other, held)| *other != key && held.tag.is_some() && held.is_like(copy))
+            && self.held.iter().any(|(other, held)| {
+                // Moved, or just being.
+                let source = held.moved || held.goes_round();
+                *other != key && source && held.tag.is_some() && held.is_like(copy)
+            })
     }
 
     /// Takes nothing more, and gives back what no handler has.

@@ -23,12 +23,12 @@ use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use self::recent::Recent;
-use self::settling::{Sent, lost_lease};
+use self::settling::{DEATHS_ALONE, Sent, lost_lease};
 use crate::error::{Failure, closed};
 use crate::held::Held;
 use crate::intake::{Intake, Origin, Plan};
 use crate::link::Link;
-use crate::outlet::{Fate, Outlet};
+use crate::outlet::Outlet;
 use crate::recovery::Member;
 use crate::settle::Command;
 use crate::topology::{self, Claim};
@@ -81,6 +81,8 @@ pub(crate) struct Courier {
     unsent: VecDeque<u64>,
     /// What is to be published later.
     later: Vec<(Instant, u64)>,
+    /// What was published on a channel of its own, if anything was.
+    alone: Option<u64>,
     sent: Sent,
     recent: Recent,
     /// Of all that peers of ours sent: it survives a lost connection.
@@ -117,6 +119,7 @@ impl Courier {
             handed: 0,
             unsent: VecDeque::new(),
             later: Vec::new(),
+            alone: None,
             sent: Sent::default(),
             recent: Recent::default(),
             lease: CancellationToken::new(),
@@ -198,9 +201,16 @@ impl Courier {
             let Some(held) = self.held.get(&key) else {
                 continue;
             };
+            // Two channels died with it: it shares the next one with nobody, who would die with it once more.
+            let (pending, _) = outlet.pending();
+            if pending > 0 && (held.deaths >= DEATHS_ALONE || self.alone.is_some()) {
+                self.unsent.push_front(key);
+                return;
+            }
             let Some(message) = held.message(&self.route.plan.names) else {
                 continue;
             };
+            self.alone = (held.deaths >= DEATHS_ALONE).then_some(key);
             if outlet.publish(message, prompt, key).is_err() {
                 self.unsent.push_front(key);
                 return;
@@ -229,7 +239,8 @@ impl Courier {
         // No connection to publish on: its return wakes us, or a look now and then.
         let unsent = (!self.unsent.is_empty()).then(|| Instant::now() + RETURNED_RETRY);
         let ask = self.sent.due();
-        let wakes = [self.tick, later, stale, unsent, ask];
+        let lost = self.copies_until();
+        let wakes = [self.tick, later, stale, unsent, ask, lost];
         wakes.into_iter().flatten().min()
     }
 
@@ -242,9 +253,8 @@ impl Courier {
             if let Some(outlet) = &mut self.outlet {
                 outlet.sweep(&mut fates);
             }
-            if broken {
-                let rest = self.outlet.take().into_iter().flat_map(Outlet::abandon);
-                fates.extend(rest.map(|key| (key, Fate::Lost)));
+            if broken && let Some(outlet) = self.outlet.take() {
+                outlet.abandon(&mut fates);
             }
             for (key, fate) in fates {
                 self.decide(key, fate);

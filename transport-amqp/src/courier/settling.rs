@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use antiphon_core::transport::Settle;
-use antiphon_core::{Error, ErrorKind};
+use antiphon_core::{Code, Error, ErrorKind, Executed, Fault, Reply};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use tokio::time::{Instant, sleep};
@@ -19,8 +19,8 @@ use crate::topology;
 /// A queue that could not be declared is tried again after this time.
 const DECLARE_RETRY: Duration = Duration::from_secs(1);
 
-/// So often may the channel die with a message before it is thought to be the reason.
-const DEATHS_MAX: u32 = 3;
+/// What died with so many channels is published alone, so that the next one tells whether it was the reason.
+pub(super) const DEATHS_ALONE: u32 = 2;
 
 /// How often at most the broker is asked whether it has read the acknowledgements, when no handler waits for that.
 const ASK_EVERY: Duration = Duration::from_millis(5);
@@ -117,6 +117,10 @@ impl Courier {
         let Progress::Publishing(work) = &mut held.progress else {
             return;
         };
+        let alone = self.alone == Some(key);
+        if alone {
+            self.alone = None;
+        }
         match (work, fate) {
             (Work::Bury { reply, .. }, Fate::Accepted) => match reply.take() {
                 Some(reply) if held.reply_to().is_some() => {
@@ -126,15 +130,28 @@ impl Courier {
                 _ => self.complete(key),
             },
             (_, Fate::Accepted) => self.complete(key),
-            (_, Fate::Lost) => {
+            // It is the connection that was lost, which is nobody's fault.
+            (_, Fate::Lost { refused: false }) => self.unsent.push_back(key),
+            (Work::Reply(reply), Fate::Lost { refused: true }) => {
                 held.deaths += 1;
-                if held.deaths >= DEATHS_MAX
-                    && matches!(held.progress, Progress::Publishing(Work::Reply(_)))
-                {
-                    tracing::warn!("a reply that the broker takes from nobody");
+                if !alone {
+                    return self.unsent.push_back(key);
+                }
+                tracing::error!(queue = %self.route.plan.names.main, "a reply that the broker does not take");
+                if std::mem::replace(&mut held.replaced, true) {
                     return self.give_up_reply(key);
                 }
+                // Its caller is told at least.
+                let fault = Fault::new(Code::Internal, "the broker did not take the reply");
+                **reply = Reply::fault(reply.id.clone(), fault, Executed::Yes);
                 self.unsent.push_back(key);
+            }
+            (_, Fate::Lost { refused: true }) => {
+                held.deaths += 1;
+                match alone {
+                    true => self.later.push((Instant::now() + DECLARE_RETRY, key)),
+                    false => self.unsent.push_back(key),
+                }
             }
             (Work::Reply(_), Fate::Returned | Fate::Refused) => {
                 let next = Instant::now() + RETURNED_RETRY;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use antiphon_core::{
-    Client, ClientConfig, ConnectionState, ErrorKind, Executed, Fault, Server, Transport,
+    Client, ClientConfig, Code, ConnectionState, ErrorKind, Executed, Fault, Server, Transport,
 };
 use bytes::Bytes;
 use tokio::time::sleep;
@@ -117,5 +117,40 @@ pub(crate) async fn a_reply_waits_for_the_alarm_to_end(bench: Bench) -> Verdict 
     bench.ctl(&["set_vm_memory_high_watermark", "0.4"]).await?;
     assert!(lost.is_err(), "the connection was given up");
     assert_eq!(&call.await.unwrap().unwrap().body[..], b"body");
+    Ok(())
+}
+
+/// A message that is too large costs the channel, and whatever waits on it for the broker's word.
+pub(crate) async fn a_reply_that_the_broker_refuses_costs_no_neighbour(bench: Bench) -> Verdict {
+    let service = fresh("refused");
+    let limit = |bytes: u32| format!("application:set_env(rabbit, max_message_size, {bytes}).");
+    bench.ctl(&["eval", &limit(20_000)]).await?;
+    let answer = |body: Bytes| async move {
+        sleep(Duration::from_millis(100)).await;
+        Ok::<_, Fault>(match &body[..] {
+            b"large" => Bytes::from(vec![0; 30_000]),
+            _ => body,
+        })
+    };
+    let server = Server::new(bench.connect().await).handle_raw(service.as_str(), answer);
+    let _server = server.start().await.unwrap();
+    let client = bench.client().await;
+    let calls = ["a", "b", "large", "c", "d"].map(|body| {
+        let call = client.call_raw(service.as_str(), body);
+        call.timeout(Duration::from_secs(10)).into_future()
+    });
+    let results = futures_util::future::join_all(calls).await;
+    bench.ctl(&["eval", &limit(134_217_728)]).await?;
+    for (index, result) in results.into_iter().enumerate() {
+        match (index, result) {
+            (2, Err(error)) => {
+                let code = error.fault().map(Fault::code);
+                assert_eq!(code, Some(Code::Internal), "{error}");
+                assert_eq!(error.executed(), Executed::Yes);
+            }
+            (2, Ok(_)) => panic!("the broker takes it"),
+            (_, result) => drop(result.unwrap()),
+        }
+    }
     Ok(())
 }

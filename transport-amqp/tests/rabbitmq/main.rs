@@ -52,6 +52,7 @@ fn main() -> ExitCode {
         alone::losing_the_publisher_costs_no_call,
         alone::blocked_requests_wait_and_are_withdrawn,
         alone::a_reply_waits_for_the_alarm_to_end,
+        alone::a_reply_that_the_broker_refuses_costs_no_neighbour,
     ];
     let arguments = Arguments::from_args();
     let runtime = Runtime::new().expect("a runtime");

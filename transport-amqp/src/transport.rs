@@ -12,7 +12,7 @@ use antiphon_core::{ConnectionState, Error, ErrorKind, ServiceName};
 use async_trait::async_trait;
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -145,7 +145,7 @@ impl AmqpTransport {
         let deadline = request
             .deadline
             .and_then(|deadline| Instant::now().checked_add(deadline.budget));
-        let job = Job {
+        let mut job = Job {
             what: What::Request(Box::new(OutgoingRequest {
                 queue: queue.clone(),
                 request,
@@ -161,7 +161,13 @@ impl AmqpTransport {
         }
         let (prober, jobs) = (Arc::clone(&self.prober), self.jobs.clone());
         let probe = async move {
-            match prober.expect_consumer(&queue).await {
+            // Who dropped the call needs no answer, and after the deadline the publisher says what there is to say.
+            let answer = tokio::select! {
+                answer = prober.expect_consumer(&queue) => answer,
+                () = job.done.closed() => return,
+                () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => Ok(()),
+            };
+            match answer {
                 Ok(()) => {
                     // If it fails, the job is dropped, and its sender learns that the transport is closed.
                     let _ = jobs.send(job);

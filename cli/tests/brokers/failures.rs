@@ -120,7 +120,7 @@ pub(crate) fn the_second_exclusive_server_is_refused(url: &str) {
 /// The one that is killed never answers: whatever it has taken must come back.
 pub(crate) fn no_call_is_lost_with_a_killed_server(url: &str) {
     let (service, mark) = (fresh("killed"), Mark::new());
-    let command = format!("echo taken >>{}; sleep 300", mark.path());
+    let command = format!("echo $$ >>{}; sleep 300", mark.path());
     let doomed = Running::serve(url, &service, &["--exec", &command, "--prefetch", "4"]);
     let survivor = Running::serve(url, &service, &["--echo", "--prefetch", "4"]);
     let arguments = [
@@ -145,4 +145,10 @@ pub(crate) fn no_call_is_lost_with_a_killed_server(url: &str) {
     // Within a lease of 10 s and 1 s, and a little for a busy machine.
     assert!(object["max_us"].as_u64().unwrap() < 13_000_000, "{object}");
     survivor.terminate();
+    // What it was doing outlives a server that is killed.
+    for group in std::fs::read_to_string(mark.path()).unwrap().lines() {
+        let kill = ["-KILL", "--", &format!("-{group}")];
+        let killed = std::process::Command::new("kill").args(kill).status();
+        assert!(killed.unwrap().success(), "{group}");
+    }
 }

@@ -123,7 +123,13 @@ pub(crate) async fn a_reply_waits_for_the_alarm_to_end(bench: Bench) -> Verdict 
 /// A message that is too large costs the channel, and whatever waits on it for the broker's word.
 pub(crate) async fn a_reply_that_the_broker_refuses_costs_no_neighbour(bench: Bench) -> Verdict {
     let service = fresh("refused");
-    let limit = |bytes: u32| format!("application:set_env(rabbit, max_message_size, {bytes}).");
+    // Newer brokers read the setting once, and keep it elsewhere.
+    let limit = |bytes: u32| {
+        format!(
+            "application:set_env(rabbit, max_message_size, {bytes}), \
+             persistent_term:put(max_message_size, {bytes})."
+        )
+    };
     bench.ctl(&["eval", &limit(20_000)]).await?;
     let answer = |body: Bytes| async move {
         sleep(Duration::from_millis(100)).await;

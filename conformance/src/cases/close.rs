@@ -339,10 +339,20 @@ async fn run_until_waits_for_what_runs(bench: Bench) -> Verdict {
     let server = bench.server().await?.prefetch(3).handle_raw(&service, work);
     let running = tokio::spawn(server.run_until(stopped));
     let client = bench.client().await?;
+    let first = async {
+        // Nothing tells when `run_until` has subscribed.
+        loop {
+            match client.call_raw(&service, "").expect_responder().await {
+                Err(error) if error.kind() == ErrorKind::NoResponder => sleep(QUIET / 10).await,
+                served => return served,
+            }
+        }
+    };
+    ok("the first call", first).await?;
     let calls: Vec<_> = (0..3)
         .map(|_| tokio::spawn(client.call_raw(&service, "").into_future()))
         .collect();
-    for _ in 0..3 {
+    for _ in 0..4 {
         within("the handlers start", PROMPT, entered.recv()).await?;
     }
     let _ = stop.send(());
@@ -350,7 +360,7 @@ async fn run_until_waits_for_what_runs(bench: Bench) -> Verdict {
     same(
         "handlers that had ended when the server did",
         ends.load(Ordering::SeqCst),
-        3,
+        4,
     )?;
     for call in calls {
         joined("a call that was under way", call).await?;

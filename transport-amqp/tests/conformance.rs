@@ -24,6 +24,6 @@ async fn start(broker: Shared, queue_type: QueueType) -> Result<Arc<dyn Harness>
         let options = BrokerOptions::new(BrokerKind::RabbitMq).durable();
         brokers::start(options).await.map(Arc::new)
     };
-    let broker = broker.get_or_try_init(start).await.map_err(Missing::new)?;
+    let broker = broker.get_or_try_init(start).await?;
     Ok(Arc::new(AmqpHarness::new(Arc::clone(broker), queue_type)))
 }

@@ -15,8 +15,6 @@ fn main() -> ExitCode {
 }
 
 async fn start(kind: BrokerKind) -> Result<Arc<dyn Harness>, Missing> {
-    let broker = brokers::start(BrokerOptions::new(kind).durable())
-        .await
-        .map_err(Missing::new)?;
+    let broker = brokers::start(BrokerOptions::new(kind).durable()).await?;
     Ok(Arc::new(RedisHarness::new(Arc::new(broker))))
 }

@@ -1,6 +1,6 @@
-//! Requests to services that have no queue yet. Clients declare none, so the requests stay here until a server has.
+//! Requests to services that have no queue, or may have none. Clients declare none, so the requests stay here until a server has.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::mem;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,7 +13,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use crate::prober::Prober;
 use crate::publisher::Job;
 
-/// How often the broker is asked for a queue: first after this time, and then at twice the distance each time.
+/// How often the broker is asked for a queue that is not there: after this time, and then at twice the distance each time.
 const LOOK_MIN: Duration = Duration::from_millis(25);
 const LOOK_MAX: Duration = Duration::from_millis(400);
 
@@ -21,14 +21,21 @@ const LOOK_MAX: Duration = Duration::from_millis(400);
 /// sometimes neither confirmed nor returned.
 const SETTLED: Duration = Duration::from_millis(100);
 
+/// How many queues are remembered to be there. Who sends to more of them asks again.
+const KNOWN_MAX: usize = 4096;
+
 /// How often withdrawn requests are thrown out.
 const PURGE: Duration = Duration::from_millis(500);
 
-/// The queues that are not there, and the requests that wait for them.
+/// The queues that are there, those that are not, and the requests that wait for them.
+///
+/// Nothing is published to a queue of which the broker was not asked: it may be just being declared.
 #[derive(Debug)]
 pub(crate) struct Absent {
     prober: Arc<Prober>,
     queues: HashMap<ShortString, Waiting>,
+    /// Those that were there when the broker was asked, on the present connection.
+    known: HashSet<ShortString>,
     found: mpsc::UnboundedSender<ShortString>,
     /// When something must be given up or thrown out, at the latest.
     next: Option<Instant>,
@@ -47,14 +54,25 @@ impl Absent {
         Self {
             prober,
             queues: HashMap::new(),
+            known: HashSet::new(),
             found,
             next: None,
         }
     }
 
-    /// True if the queue is known not to be there.
-    pub(crate) fn is_absent(&self, queue: &ShortString) -> bool {
-        self.queues.contains_key(queue)
+    /// True if the queue is known to be there.
+    pub(crate) fn is_there(&self, queue: &ShortString) -> bool {
+        self.known.contains(queue)
+    }
+
+    /// The queue was not there after all.
+    pub(crate) fn forget(&mut self, queue: &ShortString) {
+        self.known.remove(queue);
+    }
+
+    /// On another connection nothing is known.
+    pub(crate) fn forget_all(&mut self) {
+        self.known.clear();
     }
 
     /// Keeps a request until its queue is there.
@@ -78,11 +96,16 @@ impl Absent {
         self.queues.insert(queue.clone(), waiting);
     }
 
-    /// A queue is there: what waited for it.
-    pub(crate) fn take(&mut self, queue: &ShortString) -> Vec<Job> {
-        self.queues
-            .remove(queue)
-            .map_or_else(Vec::new, |waiting| waiting.jobs)
+    /// A queue is there: what waited for it, in order.
+    pub(crate) fn take(&mut self, queue: ShortString) -> Vec<Job> {
+        let Some(waiting) = self.queues.remove(&queue) else {
+            return Vec::new();
+        };
+        if self.known.len() >= KNOWN_MAX {
+            self.known.clear();
+        }
+        self.known.insert(queue);
+        waiting.jobs
     }
 
     /// When [`overdue`](Self::overdue) should be called next.
@@ -125,19 +148,20 @@ async fn ask(prober: Arc<Prober>, queue: ShortString, found: mpsc::UnboundedSend
     let mut pause = LOOK_MIN;
     let mut since = None;
     loop {
-        sleep(pause).await;
         match prober.consumers(&queue).await {
+            // Nobody waits for what is sent to it, so it need not be sent at once.
             Ok(0) => {
                 let since = *since.get_or_insert_with(Instant::now);
                 if since.elapsed() >= SETTLED {
                     break;
                 }
-                pause = SETTLED;
+                sleep(SETTLED).await;
             }
             Ok(_) => break,
             // Not there; or nobody can say, and the next round waits for the connection.
             Err(_) => {
                 since = None;
+                sleep(pause).await;
                 pause = (pause * 2).min(LOOK_MAX);
             }
         }

@@ -5,6 +5,7 @@ mod absent;
 mod acker;
 mod config;
 mod courier;
+mod dial;
 mod error;
 #[cfg(feature = "conformance")]
 mod harness;

@@ -6,16 +6,18 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::StreamExt;
+use futures_util::future::BoxFuture;
+use futures_util::{FutureExt, StreamExt};
 use lapin::options::{ConfirmSelectOptions, QueueDeclareOptions};
 use lapin::types::{FieldTable, ShortString};
-use lapin::{Channel, Connection, ConnectionProperties, Event, Queue};
-use tokio::sync::{Notify, watch};
+use lapin::{Channel, Connection, Event, Queue};
+use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::config::AmqpConfig;
+use crate::dial::{Grip, dial};
 use crate::error::Failure;
 
 /// No single operation on a live connection takes longer; one that does counts as a lost connection.
@@ -56,8 +58,12 @@ pub(crate) struct Session {
     /// 1 for the first one, and so on.
     pub(crate) number: u64,
     connection: Held,
-    suspect: Notify,
+    grip: Grip,
+    blocked: watch::Receiver<Option<Arc<str>>>,
 }
+
+/// A channel on its way; `None` if it did not come, and another may be tried.
+pub(crate) type Opening = BoxFuture<'static, Option<Channel>>;
 
 struct Held(Connection);
 
@@ -74,10 +80,10 @@ impl Link {
         name: &'static str,
         closed: CancellationToken,
     ) -> Result<(Self, impl Future<Output = ()> + Send + use<>), Failure> {
-        let connection = dial(config, name, config.connect_timeout).await?;
-        let session = Session::new(1, connection);
-        let (state, receiver) = watch::channel(LinkState::Up(Arc::clone(&session)));
+        let dialled = dial(config, name, config.connect_timeout).await?;
         let (blocked, blocked_receiver) = watch::channel(None);
+        let session = Session::new(1, dialled, blocked_receiver.clone());
+        let (state, receiver) = watch::channel(LinkState::Up(Arc::clone(&session)));
         let supervisor = Supervisor {
             config: config.clone(),
             name,
@@ -94,21 +100,11 @@ impl Link {
 
     /// The present connection, if there is one.
     pub(crate) fn session(&self) -> Option<Arc<Session>> {
-        match &*self.state.borrow() {
-            LinkState::Up(session) => Some(Arc::clone(session)),
-            LinkState::Down(_) | LinkState::Closed => None,
-        }
+        self.state.borrow().session()
     }
 
     pub(crate) fn is_blocked(&self) -> bool {
         self.blocked.borrow().is_some()
-    }
-
-    /// A channel to publish on did not come. While the broker blocks us it answers nothing, and the connection is well.
-    pub(crate) fn suspect(&self, session: &Session) {
-        if session.is_alive() && !self.is_blocked() {
-            session.suspect();
-        }
     }
 
     /// Waits for a connection; `None` once the link is closed.
@@ -124,26 +120,66 @@ impl Link {
     }
 }
 
+impl LinkState {
+    pub(crate) fn session(&self) -> Option<Arc<Session>> {
+        match self {
+            Self::Up(session) => Some(Arc::clone(session)),
+            Self::Down(_) | Self::Closed => None,
+        }
+    }
+}
+
 impl Session {
-    fn new(number: u64, connection: Connection) -> Arc<Self> {
+    fn new(
+        number: u64,
+        (connection, grip): (Connection, Grip),
+        blocked: watch::Receiver<Option<Arc<str>>>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             number,
             connection: Held(connection),
-            suspect: Notify::new(),
+            grip,
+            blocked,
         })
     }
 
     /// Opens a channel.
     pub(crate) async fn channel(&self) -> Result<Channel, Failure> {
-        bounded("channel.open", self.connection.0.create_channel()).await
+        let opened = bounded("channel.open", self.connection.0.create_channel()).await;
+        self.suspect_late(opened)
     }
 
     /// Opens a channel on which the broker confirms what is published.
-    pub(crate) async fn confirm_channel(&self) -> Result<Channel, Failure> {
+    async fn confirm_channel(&self) -> Result<Channel, Failure> {
         let channel = self.channel().await?;
         let select = channel.confirm_select(ConfirmSelectOptions::default());
-        bounded("confirm.select", select).await?;
+        self.suspect_late(bounded("confirm.select", select).await)?;
         Ok(channel)
+    }
+
+    /// A channel to publish on.
+    pub(crate) fn open_publishing(self: Arc<Self>) -> Opening {
+        async move {
+            match self.confirm_channel().await {
+                Ok(channel) => Some(channel),
+                Err(failure) => {
+                    tracing::debug!(%failure, "no channel to publish on");
+                    // A connection that is just going down says so at once, again and again.
+                    sleep(backoff(0)).await;
+                    None
+                }
+            }
+        }
+        .boxed()
+    }
+
+    /// Nothing but the broker stands behind the answer to such a question: none means that the connection is dead. While the broker
+    /// blocks us it answers nothing, and the connection is well.
+    fn suspect_late<T>(&self, answer: Result<T, Failure>) -> Result<T, Failure> {
+        if matches!(answer, Err(Failure::TimedOut(_))) && self.blocked.borrow().is_none() {
+            self.suspect();
+        }
+        answer
     }
 
     /// Declares a queue on a channel of its own, because a refusal costs the channel its life.
@@ -158,18 +194,27 @@ impl Session {
         bounded("queue.declare", declare).await
     }
 
-    /// Tells that an operation did not end: the connection is given up and made again.
+    /// Tells that an operation did not end: the connection is given up and made again. Whoever uses it learns that at once.
     pub(crate) fn suspect(&self) {
-        self.suspect.notify_one();
+        self.grip.cut();
     }
 
     pub(crate) fn is_alive(&self) -> bool {
-        self.connection.0.status().connected()
+        !self.grip.is_cut() && self.connection.0.status().connected()
     }
 
     async fn close(&self) {
         let close = self.connection.0.close(200, "OK".into());
         let _ = timeout(CLOSE_TIMEOUT, close).await;
+        self.grip.cut();
+    }
+}
+
+/// Resolves when the channel is there, or will not be; never while none is on its way.
+pub(crate) async fn opened(opening: &mut Option<Opening>) -> Option<Channel> {
+    match opening {
+        Some(opening) => opening.await,
+        None => std::future::pending().await,
     }
 }
 
@@ -199,15 +244,6 @@ pub(crate) fn jitter(ceiling: Duration) -> Duration {
     ceiling.mul_f64(f64::from((random >> 32) as u32) / f64::from(u32::MAX))
 }
 
-async fn dial(config: &AmqpConfig, name: &str, limit: Duration) -> Result<Connection, Failure> {
-    let properties =
-        ConnectionProperties::default().with_connection_name(format!("antiphon {name}").into());
-    match timeout(limit, Connection::connect_uri(config.uri(), properties)).await {
-        Ok(connection) => Ok(connection?),
-        Err(_) => Err(Failure::TimedOut("connecting")),
-    }
-}
-
 struct Supervisor {
     config: AmqpConfig,
     name: &'static str,
@@ -229,6 +265,7 @@ impl Supervisor {
             tracing::warn!(connection = self.name, %reason, "the connection was lost");
             self.state.send_replace(LinkState::Down(reason));
             self.blocked.send_replace(None);
+            session.grip.cut();
             let number = session.number + 1;
             drop(session);
             tokio::select! {
@@ -236,7 +273,9 @@ impl Supervisor {
                     self.state.send_replace(LinkState::Closed);
                     return;
                 }
-                connection = self.reconnect() => session = Session::new(number, connection),
+                dialled = self.reconnect() => {
+                    session = Session::new(number, dialled, self.blocked.subscribe());
+                }
             }
             tracing::info!(connection = self.name, number, "connected again");
             self.state.send_replace(LinkState::Up(Arc::clone(&session)));
@@ -251,7 +290,7 @@ impl Supervisor {
         loop {
             let event = tokio::select! {
                 event = events.next() => event,
-                () = session.suspect.notified() => return "the broker does not answer".to_owned(),
+                () = session.grip.cut_off() => return "the broker does not answer".to_owned(),
                 () = sleep(STATUS_CHECK) => None,
             };
             match event {
@@ -272,12 +311,12 @@ impl Supervisor {
         }
     }
 
-    async fn reconnect(&self) -> Connection {
+    async fn reconnect(&self) -> (Connection, Grip) {
         let limit = RECONNECT_TIMEOUT.min(self.config.connect_timeout);
         let mut attempt = 0;
         loop {
             match dial(&self.config, self.name, limit).await {
-                Ok(connection) => return connection,
+                Ok(dialled) => return dialled,
                 Err(failure) => {
                     tracing::debug!(connection = self.name, %failure, attempt, "not yet connected")
                 }

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::absent::Absent;
 use crate::error::closed;
-use crate::link::{Link, Session};
+use crate::link::{Link, Opening, Session, opened};
 use crate::message;
 use crate::outlet::{Fate, Message, Outlet};
 use crate::prober::{Prober, no_responder};
@@ -59,7 +59,6 @@ pub(crate) struct OutgoingRequest {
 }
 
 /// The task's own state.
-#[derive(Debug)]
 pub(crate) struct Publisher {
     link: Link,
     /// Open while inboxes are live.
@@ -68,8 +67,8 @@ pub(crate) struct Publisher {
     closing: CancellationToken,
     queue: VecDeque<Job>,
     outlet: Option<Outlet<Job>>,
-    session: Option<Arc<Session>>,
-    /// Requests that came back, and those that would.
+    opening: Option<Opening>,
+    /// Requests whose queue is not there, or may not be.
     absent: Absent,
     /// Queues that are there now.
     found: mpsc::UnboundedReceiver<ShortString>,
@@ -91,7 +90,7 @@ impl Publisher {
             closing,
             queue: VecDeque::new(),
             outlet: None,
-            session: None,
+            opening: None,
             absent: Absent::new(prober, sender),
             found,
         }
@@ -104,7 +103,7 @@ impl Publisher {
         let mut fates = Vec::new();
         let mut next_sweep = None;
         loop {
-            let flowing = self.prepare().await;
+            let flowing = self.prepare();
             if flowing {
                 self.publish();
             }
@@ -127,7 +126,18 @@ impl Publisher {
                 }
                 () = prompt(&mut self.outlet) => true,
                 Some(queue) = self.found.recv() => {
-                    self.queue.extend(self.absent.take(&queue));
+                    // They were here before whatever waits now.
+                    for job in self.absent.take(queue).into_iter().rev() {
+                        self.queue.push_front(job);
+                    }
+                    false
+                }
+                opened = opened(&mut self.opening) => {
+                    self.opening = None;
+                    if let Some(channel) = opened {
+                        self.absent.forget_all();
+                        self.outlet = Some(Outlet::new(channel));
+                    }
                     false
                 }
                 Ok(()) = self.link.state.changed() => false,
@@ -155,29 +165,16 @@ impl Publisher {
         }
     }
 
-    /// Sees to it that there is a channel to publish on; false while nothing may be sent.
-    async fn prepare(&mut self) -> bool {
+    /// Sees to it that there will be a channel to publish on; false while nothing may be sent.
+    fn prepare(&mut self) -> bool {
         if !*self.gate.borrow_and_update() || self.link.blocked.borrow_and_update().is_some() {
             return false;
         }
-        if self.outlet.is_some() {
-            return true;
+        if self.outlet.is_none() && self.opening.is_none() {
+            let session = self.link.state.borrow_and_update().session();
+            self.opening = session.map(Session::open_publishing);
         }
-        let Some(session) = self.link.session() else {
-            return false;
-        };
-        match session.confirm_channel().await {
-            Ok(channel) => {
-                self.outlet = Some(Outlet::new(channel));
-                self.session = Some(session);
-                true
-            }
-            Err(failure) => {
-                tracing::debug!(%failure, "no channel to publish on");
-                self.link.suspect(&session);
-                false
-            }
-        }
+        self.outlet.is_some()
     }
 
     fn publish(&mut self) {
@@ -192,7 +189,7 @@ impl Publisher {
                 return;
             };
             if let Some(queue) = job.waits_for()
-                && self.absent.is_absent(queue)
+                && !self.absent.is_there(queue)
             {
                 let queue = queue.clone();
                 self.absent.park(&queue, job);
@@ -223,6 +220,7 @@ impl Publisher {
                 request.ticket.reopen();
                 request.came_back = true;
                 let queue = request.queue.clone();
+                self.absent.forget(&queue);
                 return self.absent.park(&queue, job);
             }
             (What::Request(_), Fate::Refused) => Err(Error::maybe_executed(
@@ -267,7 +265,6 @@ impl Publisher {
         let Some(outlet) = self.outlet.take() else {
             return;
         };
-        self.session = None;
         let mut fates = Vec::new();
         outlet.abandon(&mut fates);
         for (job, fate) in fates {

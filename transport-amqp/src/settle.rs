@@ -22,6 +22,13 @@ pub(crate) enum Command {
     Stop { done: oneshot::Sender<()> },
 }
 
+impl Command {
+    /// True if it gives a delivery back that was not started.
+    pub(crate) fn is_release(&self) -> bool {
+        matches!(self, Self::Settle { settle, .. } if matches!(**settle, Settle::Release))
+    }
+}
+
 #[derive(Debug)]
 pub(crate) struct AmqpSettlement {
     key: u64,

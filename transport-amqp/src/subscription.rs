@@ -1,7 +1,8 @@
 //! A subscription as its owner sees it.
 
 use std::fmt;
-use std::sync::{Arc, OnceLock};
+use std::future::poll_fn;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use antiphon_core::Error;
 use antiphon_core::transport::{Delivery, Subscription, SubscriptionEvent};
@@ -15,9 +16,41 @@ use crate::settle::Command;
 /// The most deliveries that are handed over at once.
 const BATCH: usize = 256;
 
+/// Deliveries that were handed over and not received yet: the subscription's task takes them back when it is over, whatever its owner
+/// does.
+#[derive(Clone, Debug)]
+pub(crate) struct Handover(Arc<Mutex<mpsc::UnboundedReceiver<Delivery>>>);
+
+impl Handover {
+    pub(crate) fn new(deliveries: mpsc::UnboundedReceiver<Delivery>) -> Self {
+        Self(Arc::new(Mutex::new(deliveries)))
+    }
+
+    /// Takes all that is there; nothing only once it is over.
+    async fn receive(&self) -> Vec<Delivery> {
+        let mut taken = Vec::new();
+        poll_fn(|cx| {
+            let mut deliveries = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            deliveries.poll_recv_many(cx, &mut taken, BATCH)
+        })
+        .await;
+        taken
+    }
+
+    /// Hands over nothing more, and releases what was not received: nobody has started it.
+    pub(crate) fn give_back(&self) {
+        let mut deliveries = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        deliveries.close();
+        while let Ok(delivery) = deliveries.try_recv() {
+            // Once polled it happens: its outcome is of no interest.
+            let _ = delivery.release().now_or_never();
+        }
+    }
+}
+
 /// A stream of deliveries from RabbitMQ.
 pub(crate) struct AmqpSubscription {
-    deliveries: mpsc::UnboundedReceiver<Delivery>,
+    deliveries: Handover,
     commands: mpsc::UnboundedSender<Command>,
     /// Why it is over.
     over: Arc<OnceLock<Error>>,
@@ -25,7 +58,7 @@ pub(crate) struct AmqpSubscription {
 
 impl AmqpSubscription {
     pub(crate) fn new(
-        deliveries: mpsc::UnboundedReceiver<Delivery>,
+        deliveries: Handover,
         commands: mpsc::UnboundedSender<Command>,
         over: Arc<OnceLock<Error>>,
     ) -> Self {
@@ -37,12 +70,8 @@ impl AmqpSubscription {
     }
 
     /// Tells the task to take nothing more, and gives back what was not received.
-    fn give_back(&mut self) -> oneshot::Receiver<()> {
-        self.deliveries.close();
-        while let Ok(delivery) = self.deliveries.try_recv() {
-            // Once polled it happens: its outcome is of no interest.
-            let _ = delivery.release().now_or_never();
-        }
+    fn give_back(&self) -> oneshot::Receiver<()> {
+        self.deliveries.give_back();
         let (done, stopped) = oneshot::channel();
         let _ = self.commands.send(Command::Stop { done });
         stopped
@@ -52,8 +81,8 @@ impl AmqpSubscription {
 #[async_trait]
 impl Subscription for AmqpSubscription {
     async fn recv(&mut self) -> SubscriptionEvent {
-        let mut deliveries = Vec::new();
-        if self.deliveries.recv_many(&mut deliveries, BATCH).await > 0 {
+        let deliveries = self.deliveries.receive().await;
+        if !deliveries.is_empty() {
             return SubscriptionEvent::Deliveries(deliveries);
         }
         SubscriptionEvent::Closed(self.over.get().cloned().unwrap_or_else(closed))

@@ -26,7 +26,7 @@ use crate::naming::{self, QueueNames};
 use crate::prober::Prober;
 use crate::publisher::{Job, OutgoingRequest, Publisher, What};
 use crate::recovery::{Members, Role, keep_state};
-use crate::subscription::AmqpSubscription;
+use crate::subscription::{AmqpSubscription, Handover};
 use crate::topology::Claims;
 
 /// How long the tasks have to come to an end before the connections are closed under them.
@@ -273,13 +273,14 @@ impl Transport for AmqpTransport {
                 undeliverable,
             };
             let (deliveries, receiver) = mpsc::unbounded_channel();
+            let handover = Handover::new(receiver);
             let commands = mpsc::unbounded_channel();
             let over = Arc::new(OnceLock::new());
             let subscription =
-                AmqpSubscription::new(receiver, commands.0.clone(), Arc::clone(&over));
+                AmqpSubscription::new(handover.clone(), commands.0.clone(), Arc::clone(&over));
             // Dropped if nobody waits for it, which stops it.
             let _ = opened.send(Ok(subscription));
-            Courier::new(route, intake, deliveries, commands, over)
+            Courier::new(route, intake, (deliveries, handover), commands, over)
                 .run()
                 .await;
         });

@@ -217,6 +217,7 @@ impl Courier {
             return;
         }
         self.deliveries = None;
+        self.handover.give_back();
         self.opening = None;
         let message = "the subscription was stopped";
         let _ = self

@@ -18,6 +18,7 @@ use antiphon_core::transport::Delivery;
 use antiphon_core::{Error, ErrorKind};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
+use lapin::Channel;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
@@ -27,10 +28,11 @@ use self::settling::{DEATHS_ALONE, Sent, lost_lease};
 use crate::error::{Failure, closed};
 use crate::held::Held;
 use crate::intake::{Intake, Origin, Plan};
-use crate::link::Link;
+use crate::link::{Link, Opening, Session, opened};
 use crate::outlet::Outlet;
 use crate::recovery::Member;
 use crate::settle::Command;
+use crate::subscription::Handover;
 use crate::topology::{self, Claim};
 
 /// How often confirms are looked at, and acknowledgements sent, when nobody is short of either.
@@ -41,6 +43,10 @@ const PROMPT_PREFETCH: usize = 64;
 
 /// What could not be published is tried again after this time.
 const RETURNED_RETRY: Duration = Duration::from_millis(20);
+
+/// What was dropped unsettled is moved after this time. Who drops it often goes away with all else in the next moment, and must not
+/// take it again then: it would count as one more that died with it.
+const DROPPED_WAITS: Duration = Duration::from_millis(50);
 
 /// How long a closing subscription waits for the broker's word on its replies.
 const CLOSE_WAIT: Duration = Duration::from_secs(1);
@@ -67,10 +73,13 @@ pub(crate) struct Courier {
     command_sender: mpsc::UnboundedSender<Command>,
     /// None once nothing more is handed over.
     deliveries: Option<mpsc::UnboundedSender<Delivery>>,
+    handover: Handover,
     over: Arc<OnceLock<Error>>,
     intake: Option<Intake>,
     opening: Option<BoxFuture<'static, Result<Intake, Failure>>>,
     outlet: Option<Outlet<u64>>,
+    /// The outlet's channel, on its way.
+    outlet_opening: Option<Opening>,
     held: HashMap<u64, Held>,
     next_key: u64,
     /// Decoded and not handed over, in order; the ones from the retry queue first.
@@ -97,7 +106,7 @@ impl Courier {
     pub(crate) fn new(
         route: Route,
         intake: Intake,
-        deliveries: mpsc::UnboundedSender<Delivery>,
+        (deliveries, handover): (mpsc::UnboundedSender<Delivery>, Handover),
         (command_sender, commands): (
             mpsc::UnboundedSender<Command>,
             mpsc::UnboundedReceiver<Command>,
@@ -109,10 +118,12 @@ impl Courier {
             commands,
             command_sender,
             deliveries: Some(deliveries),
+            handover,
             over,
             intake: Some(intake),
             opening: None,
             outlet: None,
+            outlet_opening: None,
             held: HashMap::new(),
             next_key: 0,
             waiting: VecDeque::new(),
@@ -134,7 +145,7 @@ impl Courier {
         let closing = self.route.closing.clone();
         let mut commands = Vec::with_capacity(BATCH);
         while !(self.stopping && self.held.is_empty()) {
-            self.prepare().await;
+            self.prepare();
             self.pump();
             let wake = self.next_wake();
             tokio::select! {
@@ -154,6 +165,7 @@ impl Courier {
                         return self.end(error).await;
                     }
                 }
+                channel = opened(&mut self.outlet_opening) => self.publish_on(channel),
                 Ok(()) = self.route.publish.state.changed() => {}
                 Ok(()) = self.route.publish.blocked.changed() => {}
                 () = sleep_until(wake.unwrap_or_else(Instant::now)), if wake.is_some() => {}
@@ -164,7 +176,7 @@ impl Courier {
     }
 
     /// Sees to it that there is something to take from and something to publish on, as far as the broker allows.
-    async fn prepare(&mut self) {
+    fn prepare(&mut self) {
         if self.intake.is_none() && self.opening.is_none() && !self.stopping {
             let link = self.route.consume.clone();
             let open = Intake::open(link, Arc::clone(&self.route.plan));
@@ -176,18 +188,15 @@ impl Courier {
             self.opening = Some(opening.boxed());
         }
         let due = !self.unsent.is_empty() && !self.route.publish.is_blocked();
-        if self.outlet.is_none() && due {
-            let Some(session) = self.route.publish.session() else {
-                return;
-            };
-            match session.confirm_channel().await {
-                Ok(channel) => self.outlet = Some(Outlet::new(channel)),
-                Err(failure) => {
-                    tracing::debug!(%failure, "no channel to publish replies on");
-                    self.route.publish.suspect(&session);
-                }
-            }
+        if self.outlet.is_none() && self.outlet_opening.is_none() && due {
+            let session = self.route.publish.session();
+            self.outlet_opening = session.map(Session::open_publishing);
         }
+    }
+
+    fn publish_on(&mut self, channel: Option<Channel>) {
+        self.outlet_opening = None;
+        self.outlet = channel.map(Outlet::new);
     }
 
     /// Publishes what is due.
@@ -298,10 +307,20 @@ impl Courier {
     /// with handlers goes back with its channel.
     async fn close(mut self) {
         let _ = self.over.set(closed());
+        // Told before it was closed.
+        while let Ok(command) = self.commands.try_recv() {
+            self.obey(command).await;
+        }
         let end = Instant::now() + CLOSE_WAIT;
         self.stop().await;
+        // Nobody has received these: they go back as they were.
+        while let Ok(command) = self.commands.try_recv() {
+            if command.is_release() {
+                self.obey(command).await;
+            }
+        }
         loop {
-            self.prepare().await;
+            self.prepare();
             self.pump();
             self.tick = Some(Instant::now());
             self.turn(Instant::now());
@@ -316,6 +335,7 @@ impl Courier {
             }
             tokio::select! {
                 accepted = self.sent.answered() => self.answered(accepted),
+                channel = opened(&mut self.outlet_opening) => self.publish_on(channel),
                 () = sleep(TICK) => {}
             }
         }

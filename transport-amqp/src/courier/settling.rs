@@ -10,7 +10,7 @@ use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use tokio::time::{Instant, sleep};
 
-use super::{Courier, RETURNED_RETRY};
+use super::{Courier, DROPPED_WAITS, RETURNED_RETRY};
 use crate::held::{Progress, Work};
 use crate::outlet::Fate;
 use crate::settle::Command;
@@ -100,7 +100,7 @@ impl Courier {
                     return self.forget(key, Ok(()));
                 }
                 held.progress = Progress::Publishing(Work::Retry);
-                self.unsent.push_back(key);
+                self.later.push((Instant::now() + DROPPED_WAITS, key));
             }
             Command::Again { key } => self.unsent.push_back(key),
             Command::Stop { done } => {

@@ -8,6 +8,7 @@ use antiphon_conformance::proxy::Proxy;
 use antiphon_core::transport::SubscribeOptions;
 use antiphon_core::{ConnectionState, ErrorKind, Executed, Fault, Server, ServiceName, Transport};
 use bytes::Bytes;
+use tokio::io::AsyncReadExt;
 use tokio::time::Instant;
 
 use crate::bench::{Bench, PROMPT, fresh};
@@ -44,6 +45,50 @@ pub(crate) async fn an_address_that_does_not_answer_is_given_up(_: Bench) {
         (ErrorKind::Connect, Executed::No)
     );
     assert!(started.elapsed() < Duration::from_secs(2));
+    // Neither the socket nor the thread that reads it is kept: the listener sees the end of each.
+    let over = async {
+        for _ in 0..2 {
+            let (mut connection, _) = silent.accept().await.unwrap();
+            let mut sent = Vec::new();
+            connection.read_to_end(&mut sent).await.unwrap();
+            assert!(sent.starts_with(b"AMQP"), "{sent:?}");
+        }
+    };
+    let over = tokio::time::timeout(PROMPT, over).await;
+    over.expect("the connections are closed");
+}
+
+/// Its heartbeats would tell after two minutes. Whoever asks and gets no answer tells all others.
+pub(crate) async fn everybody_leaves_a_connection_that_does_not_answer(bench: Bench) {
+    let service = fresh("half-open");
+    let proxy = Proxy::start(bench.broker.authority()).await.unwrap();
+    let url = bench
+        .broker
+        .url()
+        .replace(&bench.broker.authority(), &proxy.addr().to_string());
+    let mut config = AmqpConfig::from_url(&url).unwrap();
+    config.heartbeat = Duration::from_secs(60);
+    let transport: Arc<dyn Transport> = Arc::new(AmqpTransport::connect(config).await.unwrap());
+    let server = Server::new(Arc::clone(&transport)).handle_raw(service.as_str(), echo);
+    let _server = server.start().await.unwrap();
+    let client = bench.client().await;
+    client.call_raw(service.as_str(), "").await.unwrap();
+    proxy.blackhole();
+    let asked = Arc::clone(&transport);
+    let asking = tokio::spawn(async move { asked.open_inbox().await.map(drop) });
+    let mut state = transport.state();
+    let lost = state.wait_for(|state| matches!(state, ConnectionState::Disconnected { .. }));
+    let lost = tokio::time::timeout(2 * PROMPT, lost).await;
+    lost.expect("it is given up").unwrap();
+    proxy.restore().await.unwrap();
+    // The server was told by nobody else. What the broker gave its ghost comes back when that is buried.
+    let back = state.wait_for(|state| *state == ConnectionState::Connected);
+    let back = tokio::time::timeout(PROMPT, back).await;
+    back.expect("it is back").unwrap();
+    asking.await.unwrap().unwrap();
+    let plain = bench.plain().await;
+    let found = plain.look(&service).await.unwrap();
+    assert!(found.consumer_count() >= 1, "served again");
 }
 
 pub(crate) async fn an_owner_takes_its_service_back_from_its_ghost(bench: Bench) {

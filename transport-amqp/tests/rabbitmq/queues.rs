@@ -206,3 +206,56 @@ pub(crate) async fn a_reply_for_nobody_is_counted(bench: Bench) {
     close(&*transport).await;
     bench.messages(&service, 0).await;
 }
+
+/// What is published to a quorum queue while it is being declared is sometimes neither confirmed nor returned.
+pub(crate) async fn a_call_while_its_queue_is_declared_is_answered(bench: Bench) {
+    const SERVICES: u64 = 40;
+    let client = bench.client().await;
+    let transport = bench.connect().await;
+    let rounds = (0..SERVICES).map(|n| {
+        let (client, transport) = (client.clone(), transport.clone());
+        async move {
+            let service = fresh("declared");
+            let server = Server::new(transport).handle_raw(service.as_str(), echo);
+            let start = tokio::spawn(server.start());
+            // Before, while and after the queue is declared.
+            sleep(Duration::from_millis(n * 2)).await;
+            let call = client.call_raw(service.as_str(), "body");
+            let answer = call.timeout(Duration::from_secs(8)).await;
+            let _server = start.await.unwrap().unwrap();
+            assert_eq!(&answer.unwrap().body[..], b"body");
+        }
+    });
+    futures_util::StreamExt::for_each_concurrent(futures_util::stream::iter(rounds), 8, |round| {
+        round
+    })
+    .await;
+}
+
+/// Only what somebody received may have been started: the rest goes back as it was when the transport is closed.
+pub(crate) async fn what_nobody_received_is_not_counted(bench: Bench) {
+    let service = fresh("unreceived");
+    let name = antiphon_core::ServiceName::new(&service).unwrap();
+    let transport = bench.connect().await;
+    let options = antiphon_core::transport::SubscribeOptions::shared(8);
+    let subscription = antiphon_core::Transport::subscribe(&*transport, &name, options)
+        .await
+        .unwrap();
+    let client = bench.client().await;
+    let calls: Vec<_> = (0..4)
+        .map(|_| tokio::spawn(client.call_raw(service.as_str(), "").into_future()))
+        .collect();
+    // All are with the subscription, which nobody asks for them.
+    sleep(Duration::from_millis(500)).await;
+    bench.messages(&service, 0).await;
+    close(&*transport).await;
+    drop(subscription);
+    let attempt = |_: Bytes, context: antiphon_core::Context| async move {
+        Ok::<_, Fault>(context.attempt().to_string())
+    };
+    let server = Server::new(bench.connect().await).handle_raw(service.as_str(), attempt);
+    let _server = server.start().await.unwrap();
+    for call in calls {
+        assert_eq!(&call.await.unwrap().unwrap().body[..], b"1");
+    }
+}

@@ -1,0 +1,63 @@
+//! The two halves of a contender, each in a process of its own that ends when its standard input does.
+
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::runtime::{Builder, Runtime};
+
+use crate::Failure;
+use crate::args::Role;
+use crate::contenders::Measure;
+use crate::load::{self, Caller, Point};
+
+/// The line that says that a role is live.
+pub(crate) const READY: &str = "ready";
+
+/// The runtime of one end: with one worker, Tokio's current-thread runtime.
+pub(crate) fn runtime(workers: usize) -> Result<Runtime, Failure> {
+    let mut builder = match workers {
+        0 | 1 => Builder::new_current_thread(),
+        _ => Builder::new_multi_thread(),
+    };
+    Ok(builder
+        .worker_threads(workers.max(1))
+        .enable_all()
+        .build()?)
+}
+
+/// Answers until the standard input ends.
+pub(crate) async fn serve(role: &Role) -> Result<(), Failure> {
+    let serving = role.contender.serve(&role.place()).await?;
+    println!("{READY}");
+    let serving = async {
+        match serving {
+            Some(serving) => serving.await,
+            None => Ok(()),
+        }
+    };
+    let mut lines = BufReader::new(tokio::io::stdin()).lines();
+    tokio::select! {
+        ended = serving => ended,
+        line = lines.next_line() => line.map(drop).map_err(Into::into),
+    }
+}
+
+/// Measures the points that come as lines of JSON, until the standard input ends; the figures go out the same way.
+pub(crate) async fn call(role: &Role) -> Result<(), Failure> {
+    role.contender.call(&role.place(), Points).await
+}
+
+struct Points;
+
+impl Measure for Points {
+    type Output = ();
+
+    async fn with(self, caller: impl Caller) -> Result<(), Failure> {
+        println!("{READY}");
+        let mut lines = BufReader::new(tokio::io::stdin()).lines();
+        while let Some(line) = lines.next_line().await? {
+            let point: Point = serde_json::from_str(&line)?;
+            let figures = load::measure(caller.clone(), &point).await?;
+            println!("{}", serde_json::to_string(&figures)?);
+        }
+        Ok(())
+    }
+}

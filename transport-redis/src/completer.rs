@@ -71,13 +71,20 @@ impl Item {
         }
     }
 
-    fn size(&self) -> usize {
+    /// The reply that goes with it as it is.
+    pub(crate) fn frame(&self) -> &[u8] {
         match &self.end {
             End::Plain {
                 reply: Some((_, frame)),
-            } => frame.len(),
-            End::Plain { reply: None } | End::GiveBack { .. } => 0,
+            } => frame,
+            _ => &[],
+        }
+    }
+
+    fn size(&self) -> usize {
+        match &self.end {
             End::Full(full) => full.reply_body.as_ref().map_or(0, |body| body.bytes.len()),
+            End::Plain { .. } | End::GiveBack { .. } => self.frame().len(),
         }
     }
 }

@@ -60,16 +60,14 @@ pub(crate) struct BadFrame {
     pub(crate) reason: String,
 }
 
-/// A request's frame; with `apart`, its body is in the key of that id.
-pub(crate) fn encode_request(request: &Request, expiry: Expiry, apart: Option<&str>) -> Vec<u8> {
-    let mut line = Line::new(
-        &request.id,
-        if apart.is_some() {
-            0
-        } else {
-            request.body.len()
-        },
-    );
+/// Appends a request's frame; with `apart`, its body is in the key of that id.
+pub(crate) fn encode_request(
+    request: &Request,
+    expiry: Expiry,
+    apart: Option<&str>,
+    out: &mut Vec<u8>,
+) {
+    let mut line = Line::new(&request.id, out);
     if let Some(reply_to) = &request.reply_to {
         line.text("to", reply_to.as_str());
     }
@@ -83,15 +81,12 @@ pub(crate) fn encode_request(request: &Request, expiry: Expiry, apart: Option<&s
         line.text("m", method.as_str());
     }
     line.common(request.content_type.as_ref(), &request.headers, apart);
-    line.end(if apart.is_some() { &[] } else { &request.body })
+    line.end(if apart.is_some() { &[] } else { &request.body });
 }
 
-/// A reply's frame; with `apart`, its body is in the key of that id.
-pub(crate) fn encode_reply(reply: &Reply, apart: Option<&str>) -> Vec<u8> {
-    let mut line = Line::new(
-        &reply.id,
-        if apart.is_some() { 0 } else { reply.body.len() },
-    );
+/// Appends a reply's frame; with `apart`, its body is in the key of that id.
+pub(crate) fn encode_reply(reply: &Reply, apart: Option<&str>, out: &mut Vec<u8>) {
+    let mut line = Line::new(&reply.id, out);
     if let Outcome::Fault { fault, executed } = &reply.outcome {
         // A fault is made of text and numbers only, so it always has a JSON form.
         line.raw(
@@ -101,7 +96,7 @@ pub(crate) fn encode_reply(reply: &Reply, apart: Option<&str>) -> Vec<u8> {
         line.text("ran", executed.as_str());
     }
     line.common(reply.content_type.as_ref(), &reply.headers, apart);
-    line.end(if apart.is_some() { &[] } else { &reply.body })
+    line.end(if apart.is_some() { &[] } else { &reply.body });
 }
 
 /// Reads a request.
@@ -304,19 +299,18 @@ impl<'de: 'a, 'a> Deserialize<'de> for Pairs<'a> {
 }
 
 /// The line of JSON, as it is written.
-struct Line(Vec<u8>);
+struct Line<'a>(&'a mut Vec<u8>);
 
-impl Line {
-    fn new(id: &CorrelationId, body: usize) -> Self {
-        let mut line = Vec::with_capacity(192 + body);
-        line.extend_from_slice(b"{\"v\":1,\"id\":");
-        id.with_str(|id| write_text(&mut line, id));
-        Self(line)
+impl<'a> Line<'a> {
+    fn new(id: &CorrelationId, out: &'a mut Vec<u8>) -> Self {
+        out.extend_from_slice(b"{\"v\":1,\"id\":");
+        id.with_str(|id| write_text(out, id));
+        Self(out)
     }
 
     fn text(&mut self, name: &str, value: &str) {
         self.name(name);
-        write_text(&mut self.0, value);
+        write_text(self.0, value);
     }
 
     fn number(&mut self, name: &str, value: u64) {
@@ -343,9 +337,9 @@ impl Line {
             self.name("h");
             for (index, (name, value)) in headers.iter().enumerate() {
                 self.0.push(if index == 0 { b'{' } else { b',' });
-                write_text(&mut self.0, name);
+                write_text(self.0, name);
                 self.0.push(b':');
-                write_text(&mut self.0, value);
+                write_text(self.0, value);
             }
             self.0.push(b'}');
         }
@@ -354,10 +348,9 @@ impl Line {
         }
     }
 
-    fn end(mut self, body: &[u8]) -> Vec<u8> {
+    fn end(self, body: &[u8]) {
         self.0.extend_from_slice(b"}\n");
         self.0.extend_from_slice(body);
-        self.0
     }
 
     fn name(&mut self, name: &str) {
@@ -395,6 +388,18 @@ mod tests {
     use antiphon_core::Code;
 
     use super::*;
+
+    fn encode_request(request: &Request, expiry: Expiry, apart: Option<&str>) -> Vec<u8> {
+        let mut frame = Vec::new();
+        super::encode_request(request, expiry, apart, &mut frame);
+        frame
+    }
+
+    fn encode_reply(reply: &Reply, apart: Option<&str>) -> Vec<u8> {
+        let mut frame = Vec::new();
+        super::encode_reply(reply, apart, &mut frame);
+        frame
+    }
 
     const ID: &str = "f47ac10b-58cc-4372-a567-0e02b2c3d479";
 

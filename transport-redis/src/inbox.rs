@@ -304,6 +304,13 @@ impl Reader {
                 },
             });
         }
+        self.shared
+            .sender
+            .pace
+            .answered(incoming.iter().filter_map(|incoming| match incoming {
+                Incoming::Reply(reply) => Some(&reply.id),
+                Incoming::Undecodable { id, .. } => id.as_ref(),
+            }));
         for few in apart.chunks(FETCH) {
             let mut pipeline = Pipeline::new();
             for (_, key) in few {

@@ -15,6 +15,7 @@ mod isolation;
 mod lease;
 mod monitor;
 mod naming;
+mod pace;
 mod registration;
 mod scripts;
 mod send_batch;

@@ -23,6 +23,7 @@ steps! {
     BEGIN = "lua/begin.lua";
     CLAIM = "lua/claim.lua";
     DONE = "lua/done.lua";
+    DONE_ALL = "lua/done_all.lua";
     GIVE_BACK = "lua/give_back.lua";
     JOIN = "lua/join.lua";
     PUSH = "lua/push.lua";

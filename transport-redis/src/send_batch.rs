@@ -5,7 +5,7 @@ use std::mem;
 use std::sync::Arc;
 
 use antiphon_core::{Error, ErrorKind, Executed, Request, ServiceName};
-use redis::{Pipeline, Value};
+use redis::{Cmd, Pipeline, Value};
 use tokio::time::Instant;
 
 use crate::clock::Clock;
@@ -14,28 +14,36 @@ use crate::config::RedisConfig;
 use crate::connection::{self, Live};
 use crate::frame::{self, Expiry};
 use crate::naming::{self, InboxKeys, ServiceKeys};
-use crate::sender::{Job, TICK, withdrawn_error};
+use crate::pace::Pace;
+use crate::sender::{Done, Job, TICK, withdrawn_error};
 use crate::{QUEUE_TTL, error, scripts};
 
 /// How often an idle connection is tried, in ticks.
 const IDLE_TICKS: u32 = 5;
 
+/// More services than this are forgotten at a tick, and named again when they are called.
+const KEYS_MAX: usize = 4096;
+
+/// A frame without a body is seldom longer, nor is a small one with it.
+const FRAME_BYTES: usize = 256;
+
 /// Turns messages into commands.
 pub(crate) struct Writer {
     clock: Arc<Clock>,
     config: Arc<RedisConfig>,
+    pace: Arc<Pace>,
     keys: HashMap<ServiceName, Arc<ServiceKeys>>,
     /// The queues that were pushed to since the last tick.
     lives: HashMap<ServiceName, Life>,
     idle: u32,
 }
 
-/// One command of the pipeline, and the jobs that it decides.
+/// One command of the pipeline, and the sends that it decides.
 enum Sent {
     /// A body or a bell; nobody waits for it.
     Aside,
-    Pushed(Vec<Job>),
-    Conditional(Job),
+    Pushed(Vec<Done>),
+    Conditional(Done),
 }
 
 /// Until when a queue must live, by the clock of Redis, in milliseconds.
@@ -48,18 +56,26 @@ struct Life {
     unwatched: bool,
 }
 
-/// The plain requests to one service.
-#[derive(Default)]
+/// What goes to one list by one command.
 struct Group {
-    frames: Vec<Vec<u8>>,
-    jobs: Vec<Job>,
+    command: Cmd,
+    sends: Vec<Done>,
+}
+
+/// The plain requests to one service.
+struct Requests {
+    service: ServiceName,
+    keys: Arc<ServiceKeys>,
+    life: Life,
+    group: Group,
 }
 
 impl Writer {
-    pub(crate) fn new(clock: Arc<Clock>, config: Arc<RedisConfig>) -> Self {
+    pub(crate) fn new(clock: Arc<Clock>, config: Arc<RedisConfig>, pace: Arc<Pace>) -> Self {
         Self {
             clock,
             config,
+            pace,
             keys: HashMap::new(),
             lives: HashMap::new(),
             idle: 0,
@@ -74,64 +90,79 @@ impl Writer {
     ) -> impl Future<Output = ()> + use<> {
         let mut pipeline = Pipeline::new();
         let mut sent = Vec::new();
-        let mut groups: HashMap<ServiceName, Group> = HashMap::new();
+        let mut requests: Vec<Requests> = Vec::new();
+        let mut index: HashMap<ServiceName, usize> = HashMap::new();
         let mut inboxes: HashMap<InboxKeys, Group> = HashMap::new();
+        let mut frame = Vec::with_capacity(FRAME_BYTES);
+        // Read once: what is a little late then is no deadline, which is rounded up.
+        let now = Now {
+            here: Instant::now(),
+            there: self.clock.now(),
+        };
+        let count = jobs.len();
+        let mut asking = 0;
         for job in jobs {
-            match &job {
+            frame.clear();
+            match job {
                 Job::Request {
                     service,
                     request,
                     expect_responder,
                     ticket,
                     since,
-                    ..
+                    done,
                 } => {
-                    let Some(expiry) = self.expiry(request, *since) else {
+                    let Some(expiry) = now.expiry(&request, since) else {
                         let late = Error::not_executed(
                             ErrorKind::DeadlineExceeded,
                             "the deadline passed before it was sent",
                         );
-                        job.finish(Err(late));
+                        let _ = done.send(Err(late));
                         continue;
                     };
                     if !ticket.commit() {
-                        job.finish(Err(withdrawn_error()));
+                        let _ = done.send(Err(withdrawn_error()));
                         continue;
                     }
-                    self.outlive(service, expiry, request.reply_to.is_none());
+                    if request.reply_to.is_some() {
+                        if asking == 0 {
+                            self.pace.sample(&request.id, now.here);
+                        }
+                        asking += 1;
+                    }
+                    let at = self.entry(&mut requests, &mut index, service, count);
+                    let Some(entry) = requests.get_mut(at) else {
+                        continue;
+                    };
+                    entry
+                        .life
+                        .outlive(now.life(expiry), request.reply_to.is_none());
                     let apart =
                         (request.body.len() > self.config.inline_body).then(naming::random_id);
-                    let frame = frame::encode_request(request, expiry, apart.as_deref());
+                    frame::encode_request(&request, expiry, apart.as_deref(), &mut frame);
                     if apart.is_none() && !expect_responder {
-                        let group = match groups.get_mut(service) {
-                            Some(group) => group,
-                            None => groups.entry(service.clone()).or_default(),
-                        };
-                        group.frames.push(frame);
-                        group.jobs.push(job);
+                        entry.group.command.arg(&frame[..]);
+                        entry.group.sends.push(done);
                         continue;
                     }
-                    let keys = self.keys_of(service);
+                    let keys = &entry.keys;
                     let body = apart.map(|id| keys.body(&id));
                     if let Some(body) = &body {
                         let budget = expiry.budget.unwrap_or_else(|| millis(QUEUE_TTL));
                         let life = budget.saturating_add(millis(self.config.inbox_ttl));
-                        pipeline
-                            .cmd("SET")
-                            .arg(body)
-                            .arg(&request.body[..])
-                            .arg("PX")
-                            .arg(life);
+                        let mut command = redis::cmd("SET");
+                        command.arg(body).arg(&request.body[..]).arg("PX").arg(life);
+                        pipeline.add_command(command);
                         sent.push(Sent::Aside);
                     }
                     let mut names: Vec<&str> = vec![&keys.queue, &keys.bell, &keys.live];
                     names.extend(body.as_deref());
                     let mut command = scripts::SEND_ONE.on(&names);
-                    command.arg(frame).arg(u8::from(*expect_responder));
+                    command.arg(&frame[..]).arg(u8::from(expect_responder));
                     pipeline.add_command(command);
-                    sent.push(Sent::Conditional(job));
+                    sent.push(Sent::Conditional(done));
                 }
-                Job::Reply { to, reply, .. } => {
+                Job::Reply { to, reply, done } => {
                     let apart =
                         (reply.body.len() > self.config.inline_body).then(naming::random_id);
                     if let Some(id) = &apart {
@@ -142,27 +173,34 @@ impl Writer {
                         pipeline.add_command(command);
                         sent.push(Sent::Aside);
                     }
-                    let group = inboxes.entry(to.clone()).or_default();
-                    group
-                        .frames
-                        .push(frame::encode_reply(reply, apart.as_deref()));
-                    group.jobs.push(job);
+                    frame::encode_reply(&reply, apart.as_deref(), &mut frame);
+                    let group = inboxes.entry(to).or_insert_with_key(|to| {
+                        let mut command = scripts::PUSH.on(&[to.list(), &to.bell()]);
+                        command.arg(millis(self.config.inbox_ttl));
+                        Group::new(command)
+                    });
+                    group.command.arg(&frame[..]);
+                    group.sends.push(done);
                 }
             }
         }
-        for (service, group) in groups {
-            let keys = self.keys_of(&service);
-            pipeline.cmd("RPUSH").arg(&keys.queue).arg(group.frames);
-            sent.push(Sent::Pushed(group.jobs));
-            pipeline.cmd("ZADD").arg(&keys.bell).arg(0).arg(1);
-            sent.push(Sent::Aside);
+        self.pace.sent(asking);
+        for entry in requests {
+            if !entry.group.sends.is_empty() {
+                pipeline.add_command(entry.group.command);
+                sent.push(Sent::Pushed(entry.group.sends));
+                pipeline.cmd("ZADD").arg(&entry.keys.bell).arg(0).arg(1);
+                sent.push(Sent::Aside);
+            }
+            match self.lives.get_mut(&entry.service) {
+                Some(life) => life.outlive(entry.life.at, entry.life.unwatched),
+                None => drop(self.lives.insert(entry.service, entry.life)),
+            }
         }
         self.protect(&mut pipeline, &mut sent);
-        for (inbox, group) in inboxes {
-            let mut command = scripts::PUSH.on(&[inbox.list(), &inbox.bell()]);
-            command.arg(millis(self.config.inbox_ttl)).arg(group.frames);
-            pipeline.add_command(command);
-            sent.push(Sent::Pushed(group.jobs));
+        for group in inboxes.into_values() {
+            pipeline.add_command(group.command);
+            sent.push(Sent::Pushed(group.sends));
         }
         async move {
             if pipeline.is_empty() {
@@ -184,34 +222,34 @@ impl Writer {
         }
     }
 
-    /// When a request expires, with the time that it waited here taken off; `None` if it has.
-    fn expiry(&self, request: &Request, since: Instant) -> Option<Expiry> {
-        let Some(deadline) = request.deadline else {
-            return Some(Expiry::default());
-        };
-        let left = deadline
-            .budget
-            .checked_sub(since.elapsed())
-            .filter(|left| !left.is_zero())?;
-        // Rounded up: a deadline is never early.
-        let budget = millis(left).saturating_add(1);
-        Some(Expiry {
-            at: self.clock.now().map(|now| now.saturating_add(budget)),
-            budget: Some(budget),
-        })
-    }
-
-    fn outlive(&mut self, service: &ServiceName, expiry: Expiry, unwatched: bool) {
-        let now = self.clock.now().unwrap_or_default();
-        let at = expiry
-            .at
-            .unwrap_or_else(|| now.saturating_add(millis(QUEUE_TTL)));
-        let life = match self.lives.get_mut(service) {
-            Some(life) => life,
-            None => self.lives.entry(service.clone()).or_default(),
-        };
-        life.at = life.at.max(at);
-        life.unwatched |= unwatched;
+    /// Where the requests to a service are gathered; most batches are for the same one.
+    fn entry(
+        &mut self,
+        requests: &mut Vec<Requests>,
+        index: &mut HashMap<ServiceName, usize>,
+        service: ServiceName,
+        count: usize,
+    ) -> usize {
+        let next = requests.len();
+        if requests.last().is_some_and(|last| last.service == service) {
+            return next - 1;
+        }
+        if let Some(&at) = index.get(&service) {
+            return at;
+        }
+        let keys = self.keys_of(&service);
+        // Room for all of it, if there is but one service.
+        let count = if next == 0 { count } else { 1 };
+        let mut command = Cmd::with_capacity(count + 2, count * FRAME_BYTES);
+        command.arg("RPUSH").arg(&keys.queue);
+        index.insert(service.clone(), next);
+        requests.push(Requests {
+            service,
+            keys,
+            life: Life::default(),
+            group: Group::new(command),
+        });
+        next
     }
 
     /// Lets the queues of this batch live long enough, should this process be gone before the next tick. With the first batch
@@ -265,6 +303,9 @@ impl Writer {
             return;
         }
         self.idle = 0;
+        if self.keys.len() > KEYS_MAX {
+            self.keys.clear();
+        }
         let mut pipeline = Pipeline::new();
         pipeline.cmd("TIME");
         for (service, life) in mem::take(&mut self.lives) {
@@ -279,27 +320,78 @@ impl Writer {
     }
 }
 
+impl Group {
+    fn new(command: Cmd) -> Self {
+        Self {
+            command,
+            sends: Vec::new(),
+        }
+    }
+}
+
+/// One moment, by both clocks.
+struct Now {
+    here: Instant,
+    there: Option<u64>,
+}
+
+impl Now {
+    /// When a request expires, with the time that it waited here taken off; `None` if it has.
+    fn expiry(&self, request: &Request, since: Instant) -> Option<Expiry> {
+        let Some(deadline) = request.deadline else {
+            return Some(Expiry::default());
+        };
+        let left = deadline
+            .budget
+            .checked_sub(self.here.saturating_duration_since(since))
+            .filter(|left| !left.is_zero())?;
+        // Rounded up: a deadline is never early.
+        let budget = millis(left).saturating_add(1);
+        Some(Expiry {
+            at: self.there.map(|now| now.saturating_add(budget)),
+            budget: Some(budget),
+        })
+    }
+
+    /// Until when the queue of such a request must live.
+    fn life(&self, expiry: Expiry) -> u64 {
+        let forever = || {
+            let now = self.there.unwrap_or_default();
+            now.saturating_add(millis(QUEUE_TTL))
+        };
+        expiry.at.unwrap_or_else(forever)
+    }
+}
+
+impl Life {
+    fn outlive(&mut self, at: u64, unwatched: bool) {
+        self.at = self.at.max(at);
+        self.unwatched |= unwatched;
+    }
+}
+
 impl Sent {
     fn finish(self, answer: &Value) {
         match (self, answer) {
             (Self::Aside, _) => {}
-            (Self::Pushed(jobs), Value::Int(_)) => {
-                for job in jobs {
-                    job.finish(Ok(()));
+            (Self::Pushed(sends), Value::Int(_)) => {
+                for done in sends {
+                    // Nobody waits for a send whose future was dropped.
+                    let _ = done.send(Ok(()));
                 }
             }
-            (Self::Conditional(job), Value::Int(1)) => job.finish(Ok(())),
-            (Self::Conditional(job), Value::Int(0)) => {
-                job.finish(Err(Error::not_executed(
-                    ErrorKind::NoResponder,
-                    "nobody serves the service",
-                )));
-            }
-            (Self::Conditional(job), Value::Int(_)) => {
-                job.finish(Err(Error::not_executed(
-                    ErrorKind::Overloaded,
-                    "Redis has no room for the body",
-                )));
+            (Self::Conditional(done), Value::Int(answer)) => {
+                let _ = done.send(match answer {
+                    1 => Ok(()),
+                    0 => Err(Error::not_executed(
+                        ErrorKind::NoResponder,
+                        "nobody serves the service",
+                    )),
+                    _ => Err(Error::not_executed(
+                        ErrorKind::Overloaded,
+                        "Redis has no room for the body",
+                    )),
+                });
             }
             (entry, other) => entry.fail(&error::unexpected("a send", other)),
         }
@@ -308,12 +400,12 @@ impl Sent {
     fn fail(self, error: &Error) {
         match self {
             Self::Aside => {}
-            Self::Pushed(jobs) => {
-                for job in jobs {
-                    job.finish(Err(error.clone()));
+            Self::Pushed(sends) => {
+                for done in sends {
+                    let _ = done.send(Err(error.clone()));
                 }
             }
-            Self::Conditional(job) => job.finish(Err(error.clone())),
+            Self::Conditional(done) => drop(done.send(Err(error.clone()))),
         }
     }
 }

@@ -17,6 +17,7 @@ use crate::config::RedisConfig;
 use crate::connection::Link;
 use crate::error;
 use crate::naming::InboxKeys;
+use crate::pace::Pace;
 use crate::send_batch::Writer;
 
 /// The most messages of one batch. Lua unpacks no more than about 8,000 values.
@@ -34,13 +35,14 @@ pub(crate) const TICK: Duration = Duration::from_secs(1);
 /// How long answers are waited for at the end, each time.
 const LAST_ANSWERS: Duration = Duration::from_millis(700);
 
-type Done = oneshot::Sender<Result<(), Error>>;
+pub(crate) type Done = oneshot::Sender<Result<(), Error>>;
 
 /// The queue of sends.
 #[derive(Debug, Default)]
 pub(crate) struct Sender {
     queue: Mutex<Queue>,
     arrived: Notify,
+    pub(crate) pace: Arc<Pace>,
 }
 
 #[derive(Debug, Default)]
@@ -142,17 +144,21 @@ impl Sender {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes the next batch.
-    fn take(&self) -> Vec<Job> {
+    /// Takes the next batch. True if it left some behind for the next wave.
+    fn take(&self) -> (Vec<Job>, bool) {
         let mut queue = self.lock();
+        let waiting = queue.jobs.len();
+        let wave = self.pace.wave(waiting);
         let mut bytes = 0;
         let fits = |job: &&Job| {
             let fits = bytes < BATCH_BYTES;
             bytes += job.size();
             fits
         };
-        let count = queue.jobs.iter().take(BATCH_MAX).take_while(fits).count();
-        queue.jobs.drain(..count).collect()
+        let most = wave.min(BATCH_MAX);
+        let count = queue.jobs.iter().take(most).take_while(fits).count();
+        let left = count == wave && waiting > wave;
+        (queue.jobs.drain(..count).collect(), left)
     }
 
     /// Forgets what its caller gave up while there was no connection.
@@ -192,17 +198,19 @@ impl Sender {
         config: Arc<RedisConfig>,
         ending: CancellationToken,
     ) {
-        let mut writer = Writer::new(clock, config);
+        let mut writer = Writer::new(clock, config, Arc::clone(&self.pace));
         let mut waves = FuturesUnordered::new();
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut left = false;
         loop {
-            let room = waves.len() < WAVES;
+            // What a wave left behind is the next one: it goes out when this one is answered, or both would arrive as one.
+            let room = waves.is_empty() || (waves.len() < WAVES && !left);
             let waiting = !self.lock().jobs.is_empty();
             tokio::select! {
                 biased;
                 () = ending.cancelled() => break,
-                Some(()) = waves.next() => {}
+                Some(()) = waves.next() => left = false,
                 _ = tick.tick() => {
                     self.purge();
                     if let Some(live) = link.now() {
@@ -213,7 +221,9 @@ impl Sender {
                 // The requests are committed after this, so they are withdrawn in time while there is no connection.
                 live = link.ready(&ending), if room && waiting => {
                     if let Some(live) = live {
-                        waves.push(writer.batch(self.take(), live));
+                        let (jobs, some_left) = self.take();
+                        left = some_left;
+                        waves.push(writer.batch(jobs, live));
                     }
                 }
                 () = self.arrived.notified(), if room && !waiting => {}

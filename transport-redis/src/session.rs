@@ -104,6 +104,18 @@ impl Token {
     }
 }
 
+impl redis::ToRedisArgs for Token {
+    fn write_redis_args<W: ?Sized + redis::RedisWrite>(&self, out: &mut W) {
+        if self.attempt > 1 {
+            out.write_arg_fmt(self);
+        } else {
+            self.number.write_redis_args(out);
+        }
+    }
+}
+
+impl redis::ToSingleRedisArg for Token {}
+
 impl std::fmt::Display for Token {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}", self.number)?;

@@ -95,10 +95,7 @@ impl Batch {
                         &keys.returned,
                         &keys.bell,
                     ]);
-                    command
-                        .arg(item.token.to_string())
-                        .arg(*attempt)
-                        .arg(millis(*keep));
+                    command.arg(item.token).arg(*attempt).arg(millis(*keep));
                     pipeline.add_command(command);
                     sent.push(Sent::One(item));
                 }
@@ -170,23 +167,40 @@ impl Group {
         for ((inbox, _), bell) in self.inboxes.iter().zip(&bells) {
             keys.extend([inbox.list(), bell]);
         }
-        let mut command = scripts::DONE.on(&keys);
-        command.arg(ttl).arg(self.silent.len());
-        for item in &self.silent {
-            command.arg(item.token.to_string());
+        let replies = || self.inboxes.iter().flat_map(|(_, replies)| replies);
+        let mut command;
+        if self
+            .silent
+            .iter()
+            .chain(replies())
+            .any(|item| item.repeated)
+        {
+            command = scripts::DONE.on(&keys);
+            command.arg(ttl).arg(self.silent.len());
+            for item in &self.silent {
+                command.arg(item.token);
+            }
+            for (_, replies) in &self.inboxes {
+                command.arg(replies.len());
+                for item in replies {
+                    command.arg(item.token).arg(item.frame());
+                }
+            }
+        } else {
+            command = scripts::DONE_ALL.on(&keys);
+            command.arg(ttl).arg(self.silent.len() + replies().count());
+            for item in self.silent.iter().chain(replies()) {
+                command.arg(item.token);
+            }
+            for (_, replies) in &self.inboxes {
+                command.arg(replies.len());
+                for item in replies {
+                    command.arg(item.frame());
+                }
+            }
         }
         let mut items = self.silent;
         for (_, replies) in self.inboxes {
-            command.arg(replies.len());
-            for item in &replies {
-                command.arg(item.token.to_string());
-                if let End::Plain {
-                    reply: Some((_, frame)),
-                } = &item.end
-                {
-                    command.arg(frame.as_slice());
-                }
-            }
             items.extend(replies);
         }
         (command, items)
@@ -233,7 +247,7 @@ fn settle(item: &Item, full: &FullEnd, ttl: u64, config: &RedisConfig) -> Cmd {
     let head = full.dead.as_deref().unwrap_or_default();
     command
         .arg(ttl)
-        .arg(item.token.to_string())
+        .arg(item.token)
         .arg(letters)
         .arg(reply)
         .arg(head);
@@ -306,6 +320,11 @@ fn conclude(answers: RedisResult<Vec<Value>>, sent: Vec<Sent>, completer: &Compl
                 _ => session.leave(),
             },
             Sent::Many(items) => match &answer {
+                Value::Int(held) => {
+                    for item in items {
+                        settled(item, *held == 1, completer);
+                    }
+                }
                 Value::BulkString(bits) if bits.len() == items.len() => {
                     for (item, &bit) in items.into_iter().zip(bits) {
                         settled(item, bit == b'1', completer);

@@ -95,7 +95,7 @@ impl Hold {
             return End::Full(Box::new(self.full(reply)));
         }
         End::Plain {
-            reply: reply.map(|(inbox, reply)| (inbox.clone(), frame::encode_reply(reply, None))),
+            reply: reply.map(|(inbox, reply)| (inbox.clone(), encoded(reply, None))),
         }
     }
 
@@ -113,7 +113,7 @@ impl Hold {
         };
         if let Some((inbox, reply)) = reply {
             let apart = (reply.body.len() > self.shared.config.inline_body).then(naming::random_id);
-            end.reply = Some((inbox.clone(), frame::encode_reply(reply, apart.as_deref())));
+            end.reply = Some((inbox.clone(), encoded(reply, apart.as_deref())));
             end.reply_body = apart.map(|id| ApartBody::new(inbox.body(&id), reply.body.clone()));
         }
         end
@@ -124,4 +124,11 @@ impl Hold {
             .completer
             .push(Item::new(self.session, self.token, end, done));
     }
+}
+
+fn encoded(reply: &Reply, apart: Option<&str>) -> Vec<u8> {
+    let body = if apart.is_some() { 0 } else { reply.body.len() };
+    let mut frame = Vec::with_capacity(64 + body);
+    frame::encode_reply(reply, apart, &mut frame);
+    frame
 }

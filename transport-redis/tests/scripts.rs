@@ -11,6 +11,7 @@ use support::{Broker, fresh_service};
 
 const CLAIM: &str = include_str!("../src/lua/claim.lua");
 const DONE: &str = include_str!("../src/lua/done.lua");
+const DONE_ALL: &str = include_str!("../src/lua/done_all.lua");
 const GIVE_BACK: &str = include_str!("../src/lua/give_back.lua");
 const JOIN: &str = include_str!("../src/lua/join.lua");
 const QUIT: &str = include_str!("../src/lua/quit.lua");
@@ -164,6 +165,27 @@ impl Model {
         );
     }
 
+    /// Completes, for the first time, some of what the session believes to hold.
+    async fn complete_all(&mut self, at: usize) {
+        let (name, ended) = (self.sessions[at].name.clone(), self.sessions[at].ended);
+        let count = self.sessions[at].tokens.len().min(3);
+        if count == 0 {
+            return;
+        }
+        let tokens: Vec<String> = self.sessions[at].tokens.drain(..count).collect();
+        let mut arguments = vec![TTL.to_string(), count.to_string()];
+        arguments.extend(tokens.iter().cloned());
+        arguments.push(count.to_string());
+        arguments.extend(tokens.iter().map(|token| format!("reply-{name}-{token}")));
+        let keys = [
+            self.key(&format!("p:{name}")),
+            self.inbox(),
+            self.inbox() + ":w",
+        ];
+        let held = self.script(DONE_ALL, &keys, &arguments).await;
+        assert_eq!(held, Value::Int(i64::from(!ended)));
+    }
+
     async fn give_back(&mut self, at: usize) {
         let ended = self.sessions[at].ended;
         let Some(token) = self.sessions[at].tokens.pop() else {
@@ -280,12 +302,13 @@ async fn a_request_is_in_one_place_at_every_moment() {
         }
         for _ in 0..200 {
             let at = model.random.below(model.sessions.len());
-            match model.random.below(12) {
+            match model.random.below(14) {
                 0..=3 => model.push().await,
                 4..=6 => model.claim(at).await,
                 7..=8 => model.complete(at).await,
-                9 => model.give_back(at).await,
-                10 => model.reclaim(at).await,
+                9..=10 => model.complete_all(at).await,
+                11 => model.give_back(at).await,
+                12 => model.reclaim(at).await,
                 _ if model.sessions.len() < 8 => model.join().await,
                 _ => {}
             }

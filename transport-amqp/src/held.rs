@@ -43,6 +43,8 @@ pub(crate) struct Held {
     pub(crate) replaced: bool,
     /// How many channels the broker closed while something of it was on them.
     pub(crate) deaths: u32,
+    /// How often the broker did not take what is published for it.
+    pub(crate) refusals: u32,
 }
 
 /// By which a copy of the same request is known. Plain peers may use any id twice, so theirs have none.
@@ -115,6 +117,7 @@ impl Held {
             returned: None,
             replaced: false,
             deaths: 0,
+            refusals: 0,
         }
     }
 
@@ -187,6 +190,12 @@ impl Held {
             Some(budget) => end.min(self.taken + budget),
             None => end,
         }
+    }
+
+    /// True once its time is up.
+    pub(crate) fn is_expired(&self) -> bool {
+        let budget = message::time_to_live(&self.properties);
+        budget.is_some_and(|budget| self.taken.elapsed() >= budget)
     }
 
     pub(crate) fn taken(&self) -> Instant {

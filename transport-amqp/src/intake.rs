@@ -20,7 +20,7 @@ use crate::config::AmqpConfig;
 use crate::error::{Failure, closed};
 use crate::link::{Link, Session, backoff, bounded};
 use crate::naming::QueueNames;
-use crate::topology;
+use crate::topology::{self, Lingering};
 
 /// How long a subscription waits for its retry queue before it serves without.
 const RETRY_PATIENCE: Duration = Duration::from_secs(1);
@@ -63,6 +63,8 @@ struct Lane {
     channel: Channel,
     consumer: Consumer,
     acker: Acker,
+    /// Something was acknowledged, and the broker not asked since.
+    unasked: bool,
 }
 
 impl Intake {
@@ -70,13 +72,17 @@ impl Intake {
     ///
     /// # Errors
     /// Those that no other connection would mend; a lost one is waited for.
-    pub(crate) async fn open(mut link: Link, plan: Arc<Plan>) -> Result<Self, Failure> {
+    pub(crate) async fn open(
+        mut link: Link,
+        plan: Arc<Plan>,
+        lingering: Lingering,
+    ) -> Result<Self, Failure> {
         let mut attempt = 0;
         loop {
             let Some(session) = link.next_session().await else {
                 return Err(Failure::Final(closed()));
             };
-            match Self::open_on(session, &plan).await {
+            match Self::open_on(session, &plan, lingering).await {
                 Ok(intake) => return Ok(intake),
                 Err(failure) if failure.is_final() => return Err(failure),
                 Err(failure) => {
@@ -88,7 +94,11 @@ impl Intake {
         }
     }
 
-    async fn open_on(session: Arc<Session>, plan: &Plan) -> Result<Self, Failure> {
+    async fn open_on(
+        session: Arc<Session>,
+        plan: &Plan,
+        lingering: Lingering,
+    ) -> Result<Self, Failure> {
         let names = &plan.names;
         for queue in [&names.main, &names.retry] {
             topology::ensure(&session, &plan.config, names, queue).await?;
@@ -100,7 +110,7 @@ impl Intake {
             topology::refuse_owned(&session, names).await?;
             return Ok(intake);
         }
-        topology::own(&session, &plan.config, names, &plan.marker).await?;
+        topology::own(&session, &plan.config, names, &plan.marker, lingering).await?;
         match Self::consume(&session, plan).await {
             Ok(intake) => Ok(intake),
             Err(failure) => {
@@ -196,14 +206,18 @@ impl Intake {
     /// Acknowledges all that is done, and gives its keys.
     pub(crate) fn flush(&mut self, keys: &mut Vec<u64>) {
         for (_, lane) in self.lanes() {
+            lane.unasked |= lane.acker.is_dirty();
             lane.acker.flush(&lane.channel, keys);
         }
     }
 
-    /// Resolves when the broker has worked off what it was sent before: true if it has.
-    pub(crate) fn ask(&self) -> impl Future<Output = bool> + Send + use<> {
-        let lanes = std::iter::once(&self.main).chain(&self.retry);
-        let questions: Vec<_> = lanes.map(|lane| question(lane.channel.clone())).collect();
+    /// Resolves when the broker has worked off the acknowledgements that it was sent since the last question: true if it has. Only the
+    /// lanes that had any are asked: another one may not answer.
+    pub(crate) fn ask(&mut self) -> impl Future<Output = bool> + Send + use<> {
+        let asked = self
+            .lanes()
+            .filter_map(|(_, lane)| std::mem::take(&mut lane.unasked).then_some(lane));
+        let questions: Vec<_> = asked.map(|lane| question(lane.channel.clone())).collect();
         async {
             join_all(questions)
                 .await
@@ -243,6 +257,7 @@ impl Lane {
             channel,
             consumer,
             acker: Acker::new(),
+            unasked: false,
         })
     }
 }

@@ -18,6 +18,8 @@ pub(crate) enum Command {
     Dropped { key: u64 },
     /// Publish again what a delivery needs; its queue was not there, and is now.
     Again { key: u64 },
+    /// The same, but there is no queue for it, and none can be made for now.
+    PutOff { key: u64 },
     /// Take nothing more.
     Stop { done: oneshot::Sender<()> },
 }

@@ -16,11 +16,28 @@ use crate::error::{Failure, NOT_FOUND, PRECONDITION_FAILED, RESOURCE_LOCKED};
 use crate::link::{Session, bounded};
 use crate::naming::QueueNames;
 
-/// How long consumers of others may still be counted after they have gone.
-const CONSUMERS_LINGER: Duration = Duration::from_millis(300);
+/// How long what went with a connection may still be there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Lingering {
+    /// Consumers that are counted.
+    consumers: Duration,
+    /// The owner's queue.
+    owner: Duration,
+}
 
-/// How long the owner's queue may still be there after its connection has gone.
-const OWNER_LINGERS: Duration = Duration::from_millis(250);
+impl Lingering {
+    /// Of others, who went or did not.
+    pub(crate) const OTHERS: Self = Self {
+        consumers: Duration::from_millis(300),
+        owner: Duration::from_millis(250),
+    };
+
+    /// Our own, whose connection was lost just now: it is ours to wait for.
+    pub(crate) const OURS: Self = Self {
+        consumers: Duration::from_secs(3),
+        owner: Duration::from_secs(3),
+    };
+}
 
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
@@ -48,18 +65,22 @@ pub(crate) async fn ensure(
     let declared = session
         .declare(queue, QueueDeclareOptions::durable(), arguments)
         .await;
-    match declared {
+    let refusal = match declared {
+        Err(failure) if failure.is(PRECONDITION_FAILED) => failure,
+        other => return other.map(drop),
+    };
+    match look(session, queue).await {
+        // Somebody else declared it in between, in another way.
+        Ok(_) => Ok(()),
         // The same is refused whenever it is tried again, such as a queue type that the broker does not know.
-        Err(failure) if failure.is(PRECONDITION_FAILED) && look(session, queue).await.is_err() => {
-            let message = format!("declaring {queue}: {failure}");
+        Err(failure) if failure.is(NOT_FOUND) => {
+            let message = format!("declaring {queue}: {refusal}");
             Err(Failure::Final(Error::not_executed(
                 ErrorKind::Broker,
                 message,
             )))
         }
-        // Somebody else declared it in between, in another way.
-        Err(failure) if failure.is(PRECONDITION_FAILED) => look(session, queue).await.map(drop),
-        other => other.map(drop),
+        Err(failure) => Err(failure),
     }
 }
 
@@ -78,6 +99,7 @@ pub(crate) async fn own(
     config: &AmqpConfig,
     names: &QueueNames,
     marker: &ShortString,
+    lingering: Lingering,
 ) -> Result<(), Failure> {
     let started = Instant::now();
     // When the ghost was last seen: what is its own goes soon after its marker, but not with it.
@@ -90,13 +112,13 @@ pub(crate) async fn own(
         if matches!(look(session, marker).await, Err(failure) if failure.is(RESOURCE_LOCKED)) {
             since = Instant::now();
         }
-        if since.elapsed() >= OWNER_LINGERS || started.elapsed() >= config.heartbeat * 3 {
+        if since.elapsed() >= lingering.owner || started.elapsed() >= config.heartbeat * 3 {
             return Err(already_owned(names, "another exclusive subscriber owns it"));
         }
         sleep(LOOK_AGAIN).await;
     }
     declare_exclusive(session, marker).await?;
-    let end = Instant::now() + CONSUMERS_LINGER;
+    let end = Instant::now() + lingering.consumers;
     loop {
         let others = look(session, &names.main).await?;
         if others.consumer_count() == 0 {

@@ -27,7 +27,7 @@ use crate::prober::Prober;
 use crate::publisher::{Job, OutgoingRequest, Publisher, What};
 use crate::recovery::{Members, Role, keep_state};
 use crate::subscription::{AmqpSubscription, Handover};
-use crate::topology::Claims;
+use crate::topology::{Claims, Lingering};
 
 /// How long the tasks have to come to an end before the connections are closed under them.
 const TASKS_TIMEOUT: Duration = Duration::from_secs(3);
@@ -254,7 +254,7 @@ impl Transport for AmqpTransport {
         let (opened, subscription) = oneshot::channel();
         // In a task of its own, so that nobody owns a service for somebody who waits for it no more.
         self.spawn(async move {
-            let open = Intake::open(consume.clone(), Arc::clone(&plan));
+            let open = Intake::open(consume.clone(), Arc::clone(&plan), Lingering::OTHERS);
             let intake = match closing.run_until_cancelled(open).await {
                 Some(Ok(intake)) => intake,
                 Some(Err(failure)) => {

@@ -19,6 +19,9 @@ use crate::settle::AmqpSettlement;
 /// A request from the retry queue that finds all handlers busy so long goes back, for another server to take.
 const RETRY_WAITS: Duration = Duration::from_millis(250);
 
+/// And one from the main queue, whose place one from the retry queue has. It comes to the end of its queue, so not at once.
+const MAIN_WAITS: Duration = Duration::from_secs(1);
+
 /// What the broker has back comes again so soon after the queue was opened, if it comes here.
 const COPIES_COME: Duration = Duration::from_secs(1);
 
@@ -164,10 +167,12 @@ impl Courier {
         for key in parked.into_iter().rev() {
             self.waiting.push_front(key);
         }
-        while let Some(key) = self.waiting.front().copied()
-            && self.goes_back(&key).is_some_and(|at| at <= now)
-        {
-            self.waiting.pop_front();
+        let due = |key: &u64| self.goes_back(key).is_some_and(|at| at <= now);
+        let stale: Vec<u64> = self.waiting.iter().copied().filter(due).collect();
+        if !stale.is_empty() {
+            self.waiting.retain(|key| !stale.contains(key));
+        }
+        for key in stale {
             self.give_back(key);
         }
     }
@@ -247,12 +252,15 @@ impl Courier {
         self.unsent.push_back(key);
     }
 
-    /// When a request from the retry queue is given back.
+    /// When a request that waits for a handler is given back.
     pub(super) fn goes_back(&self, key: &u64) -> Option<Instant> {
         let held = self.held.get(key)?;
+        let patience = match held.origin {
+            Origin::Main => MAIN_WAITS,
+            Origin::Retry => RETRY_WAITS,
+        };
         let busy = self.handed >= self.route.plan.prefetch;
-        (busy && held.origin == Origin::Retry && held.tag.is_some())
-            .then(|| held.taken() + RETRY_WAITS)
+        (busy && held.tag.is_some()).then(|| held.taken() + patience)
     }
 
     /// A message that the client library cannot read costs all subscriptions of the transport their connection. Nobody can say whose

@@ -33,7 +33,7 @@ use crate::outlet::Outlet;
 use crate::recovery::Member;
 use crate::settle::Command;
 use crate::subscription::Handover;
-use crate::topology::{self, Claim};
+use crate::topology::{self, Claim, Lingering};
 
 /// How often confirms are looked at, and acknowledgements sent, when nobody is short of either.
 const TICK: Duration = Duration::from_millis(1);
@@ -179,7 +179,7 @@ impl Courier {
     fn prepare(&mut self) {
         if self.intake.is_none() && self.opening.is_none() && !self.stopping {
             let link = self.route.consume.clone();
-            let open = Intake::open(link, Arc::clone(&self.route.plan));
+            let open = Intake::open(link, Arc::clone(&self.route.plan), Lingering::OURS);
             let pause = self.reopens_after();
             let opening = async move {
                 sleep(pause).await;
@@ -244,7 +244,11 @@ impl Courier {
             self.tick = Some(Instant::now() + TICK);
         }
         let later = self.later.iter().map(|(at, _)| *at).min();
-        let stale = self.waiting.front().and_then(|key| self.goes_back(key));
+        let stale = self
+            .waiting
+            .iter()
+            .filter_map(|key| self.goes_back(key))
+            .min();
         // No connection to publish on: its return wakes us, or a look now and then.
         let unsent = (!self.unsent.is_empty()).then(|| Instant::now() + RETURNED_RETRY);
         let ask = self.sent.due();

@@ -16,8 +16,12 @@ use crate::outlet::Fate;
 use crate::settle::Command;
 use crate::topology;
 
-/// A queue that could not be declared is tried again after this time.
-const DECLARE_RETRY: Duration = Duration::from_secs(1);
+/// What the broker did not take is tried again after this time: at first, twice as long each time, and at most.
+const REFUSED_RETRY: Duration = Duration::from_millis(50);
+const REFUSED_RETRY_MAX: Duration = Duration::from_secs(60);
+
+/// How long a queue must have been there. What is published to one that is just being declared may be lost or refused.
+const SETTLED: Duration = Duration::from_millis(100);
 
 /// What died with so many channels is published alone, so that the next one tells whether it was the reason.
 pub(super) const DEATHS_ALONE: u32 = 2;
@@ -103,6 +107,7 @@ impl Courier {
                 self.later.push((Instant::now() + DROPPED_WAITS, key));
             }
             Command::Again { key } => self.unsent.push_back(key),
+            Command::PutOff { key } => self.put_off(key),
             Command::Stop { done } => {
                 self.stop().await;
                 let _ = done.send(());
@@ -149,7 +154,7 @@ impl Courier {
             (_, Fate::Lost { refused: true }) => {
                 held.deaths += 1;
                 match alone {
-                    true => self.later.push((Instant::now() + DECLARE_RETRY, key)),
+                    true => self.put_off(key),
                     false => self.unsent.push_back(key),
                 }
             }
@@ -162,9 +167,23 @@ impl Courier {
                 }
                 self.later.push((next, key));
             }
-            (_, Fate::Refused) => self.later.push((Instant::now() + RETURNED_RETRY, key)),
+            (_, Fate::Refused) => self.put_off(key),
             (_, Fate::Returned) => self.declare_for(key),
         }
+    }
+
+    /// The broker does not take it: it stays here, and is tried again as long as it matters.
+    fn put_off(&mut self, key: u64) {
+        let Some(held) = self.held.get_mut(&key) else {
+            return;
+        };
+        if held.goes_round() && held.is_expired() {
+            tracing::warn!(queue = %self.route.plan.names.main, "a request that could not be put aside expired");
+            return self.complete(key);
+        }
+        let pause = refused_retry(held.refusals);
+        held.refusals = held.refusals.saturating_add(1);
+        self.later.push((Instant::now() + pause, key));
     }
 
     /// Nobody waits for this reply any more.
@@ -193,8 +212,10 @@ impl Courier {
                 topology::ensure(&session, &plan.config, &plan.names, &message.queue).await;
             if let Err(failure) = ensured {
                 tracing::error!(%failure, queue = %message.queue, "a request cannot be put aside");
-                sleep(DECLARE_RETRY).await;
+                let _ = commands.send(Command::PutOff { key });
+                return;
             }
+            sleep(SETTLED).await;
             let _ = commands.send(Command::Again { key });
         }));
     }
@@ -240,9 +261,6 @@ impl Courier {
     /// The broker does not answer acknowledgements. It works them off in order, so the answer to a question behind them is theirs: who
     /// was told that a request is settled can go away, and nobody will get it again.
     pub(super) fn ask(&mut self) {
-        let Some(intake) = &self.intake else {
-            return;
-        };
         if self.sent.asking.is_some() || self.sent.next.is_empty() {
             return;
         }
@@ -250,7 +268,11 @@ impl Courier {
         if self.sent.not_before.is_some_and(|at| now < at) && !self.stopping {
             return;
         }
-        self.sent.not_before = Some(now + self.asks_after());
+        let not_before = now + self.asks_after();
+        let Some(intake) = &mut self.intake else {
+            return;
+        };
+        self.sent.not_before = Some(not_before);
         self.sent.asked = std::mem::take(&mut self.sent.next);
         let last = self.stopping && self.sent.asked.len() == self.held.len();
         let (session, plan) = (Arc::clone(&intake.session), Arc::clone(&self.route.plan));
@@ -296,7 +318,26 @@ impl Courier {
     }
 }
 
+/// How long to wait after so many refusals.
+fn refused_retry(refusals: u32) -> Duration {
+    let pause = REFUSED_RETRY.saturating_mul(1 << refusals.min(20));
+    pause.min(REFUSED_RETRY_MAX)
+}
+
 pub(super) fn lost_lease() -> Error {
     let message = "the connection was lost, and another server may have the request";
     Error::maybe_executed(ErrorKind::LostLease, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_refused_is_tried_less_and_less() {
+        let hour: Duration = (0..80).map(refused_retry).sum();
+        assert_eq!(refused_retry(0), REFUSED_RETRY);
+        assert_eq!(refused_retry(u32::MAX), REFUSED_RETRY_MAX);
+        assert!(hour > Duration::from_secs(3600), "{hour:?} for 80 tries");
+    }
 }

@@ -48,6 +48,7 @@ fn main() -> ExitCode {
         queues::a_reply_for_nobody_is_counted,
         queues::a_call_while_its_queue_is_declared_is_answered,
         queues::what_nobody_received_is_not_counted,
+        queues::a_busy_server_gives_back_what_it_cannot_start,
         faults::wrong_credentials_are_refused_at_once,
         faults::an_address_that_does_not_answer_is_given_up,
         faults::everybody_leaves_a_connection_that_does_not_answer,

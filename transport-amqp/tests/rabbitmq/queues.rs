@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use antiphon_amqp::AmqpTransport;
 use antiphon_amqp::QueueType;
+use antiphon_core::transport::SubscriptionEvent;
 use antiphon_core::{ErrorKind, Executed, Fault, Server};
 use bytes::Bytes;
 use futures_util::future::join_all;
@@ -258,4 +259,37 @@ pub(crate) async fn what_nobody_received_is_not_counted(bench: Bench) {
     for call in calls {
         assert_eq!(&call.await.unwrap().unwrap().body[..], b"1");
     }
+}
+
+/// A request that waits for a busy server's handler is another server's after a moment.
+pub(crate) async fn a_busy_server_gives_back_what_it_cannot_start(bench: Bench) {
+    let service = fresh("busy");
+    let name = antiphon_core::ServiceName::new(&service).unwrap();
+    let transport = bench.connect().await;
+    let options = antiphon_core::transport::SubscribeOptions::shared(1);
+    let mut busy = antiphon_core::Transport::subscribe(&*transport, &name, options)
+        .await
+        .unwrap();
+    let client = bench.client().await;
+    let _slow = tokio::spawn(client.call_raw(service.as_str(), "slow").into_future());
+    let mut next = async || match busy.recv().await {
+        SubscriptionEvent::Deliveries(mut deliveries) => deliveries.pop().unwrap(),
+        SubscriptionEvent::Closed(error) => panic!("{error}"),
+    };
+    drop(next().await);
+    // It comes from the retry queue now, so that one from the main queue can come beside it.
+    let again = next().await;
+    assert_eq!(again.attempt, 2);
+    let server = Server::new(bench.connect().await)
+        .prefetch(1)
+        .handle_raw(service.as_str(), echo);
+    let _server = server.start().await.unwrap();
+    let calls = (0..2).map(|_| {
+        let call = client.call_raw(service.as_str(), "body");
+        call.timeout(Duration::from_secs(4)).into_future()
+    });
+    for answer in join_all(calls).await {
+        assert_eq!(&answer.unwrap().body[..], b"body");
+    }
+    again.reply(None).await.unwrap();
 }

@@ -1,17 +1,18 @@
 //! One call, from its builder to its one outcome.
 
-use std::future::{Future, IntoFuture};
-use std::pin::{Pin, pin};
+use std::future::{Future, IntoFuture, poll_fn};
+use std::pin::Pin;
+use std::task::Poll;
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::time::{Instant, sleep_until, timeout_at};
+use tokio::time::{Instant, timeout_at};
 
 use crate::client::{Client, ClientSource};
 use crate::config::{self, ClientConfig};
 use crate::envelope::{CorrelationId, Deadline, Headers, Outcome, Reply, Request};
 use crate::error::{Error, ErrorKind, Executed};
-use crate::name::{ContentType, Method, ServiceName};
+use crate::name::{ContentType, Method, ReplyAddress, ServiceName};
 use crate::pending::{Ended, Slot};
 use crate::ticket::Ticket;
 use crate::transport::Outbound;
@@ -52,7 +53,7 @@ struct Options {
 #[derive(Debug)]
 enum Finish<Out> {
     Reply(fn(Reply) -> Result<Out, Error>),
-    Accepted(Out),
+    Accepted(fn() -> Out),
 }
 
 impl<Out> Call<Out> {
@@ -143,42 +144,56 @@ impl<Out> Call<Out> {
         self
     }
 
+    /// It borrows from itself: what is moved into the future stays in its place.
     async fn run(self) -> Result<Out, Error> {
         let started = Instant::now();
-        let (service, body, options) = (self.service?, self.body?, self.options?);
-        let timeout = match &self.source {
-            _ if options.timeout.is_some() => options.timeout,
-            ClientSource::Open(client) => Some(client.config().timeout),
-            // A handler's own deadline is enough.
-            ClientSource::Lazy(_) => options
-                .deadline
-                .is_none()
-                .then_some(ClientConfig::default().timeout),
+        let (service, body, options) = match (&self.service, &self.body, &self.options) {
+            (Ok(service), Ok(body), Ok(options)) => (service, body, options),
+            (Err(error), ..) | (_, Err(error), _) | (.., Err(error)) => return Err(error.clone()),
         };
-        let timeout = timeout.map(|timeout| started + timeout);
-        let deadline = timeout
-            .into_iter()
-            .chain(options.deadline)
-            .min()
-            .unwrap_or(started);
-        let Ok(client) = timeout_at(deadline, self.source.client()).await else {
-            return Err(deadline_exceeded(started, Executed::No));
+        let deadline = self.source.deadline(options, started);
+        let (client, ready) = match &self.source {
+            ClientSource::Open(client) => (client, started),
+            ClientSource::Lazy(lazy) => match timeout_at(deadline, lazy.client()).await {
+                Ok(client) => (client?, Instant::now()),
+                Err(_) => return Err(deadline_exceeded(started, Executed::No)),
+            },
         };
-        let client = client?;
         config::check_size(body.len(), client.config().max_body)?;
         let exchange = Exchange {
             client,
-            id: self.id,
+            id: &self.id,
             service,
             body,
             options,
             started,
+            ready,
             deadline,
         };
-        match self.finish {
+        match &self.finish {
             Finish::Reply(read) => read(exchange.call().await?),
-            Finish::Accepted(done) => exchange.notify().await.map(|()| done),
+            Finish::Accepted(done) => exchange.notify().await.map(|()| done()),
         }
+    }
+}
+
+impl ClientSource {
+    /// When a call that starts now must end.
+    fn deadline(&self, options: &Options, started: Instant) -> Instant {
+        let timeout = options.timeout.or_else(|| match self {
+            Self::Open(client) => Some(client.config().timeout),
+            // A handler's own deadline is enough.
+            Self::Lazy(_) => options
+                .deadline
+                .is_none()
+                .then_some(ClientConfig::default().timeout),
+        });
+        let timeout = timeout.map(|timeout| started + timeout);
+        timeout
+            .into_iter()
+            .chain(options.deadline)
+            .min()
+            .unwrap_or(started)
     }
 }
 
@@ -207,7 +222,7 @@ impl Notify {
         service: Result<ServiceName, Error>,
         body: Bytes,
     ) -> Self {
-        Self::new(source, service, Ok(body), None, Finish::Accepted(()))
+        Self::new(source, service, Ok(body), None, Finish::Accepted(|| ()))
     }
 
     #[cfg(feature = "json")]
@@ -221,7 +236,7 @@ impl Notify {
             service,
             crate::codec::encode(input),
             Some(ContentType::JSON),
-            Finish::Accepted(()),
+            Finish::Accepted(|| ()),
         )
     }
 }
@@ -252,11 +267,13 @@ impl<Out: serde::de::DeserializeOwned> Call<Out> {
 /// A valid call on its way.
 struct Exchange<'a> {
     client: &'a Client,
-    id: CorrelationId,
-    service: ServiceName,
-    body: Bytes,
-    options: Options,
+    id: &'a CorrelationId,
+    service: &'a ServiceName,
+    body: &'a Bytes,
+    options: &'a Options,
     started: Instant,
+    /// When it could first be sent.
+    ready: Instant,
     deadline: Instant,
 }
 
@@ -264,26 +281,23 @@ struct Exchange<'a> {
 enum Try {
     Ended(Ended),
     SendFailed(Error),
-    TimedOut,
 }
 
 impl Exchange<'_> {
-    async fn call(self) -> Result<Reply, Error> {
+    async fn call(&self) -> Result<Reply, Error> {
         let Some(id) = self.id.as_u128() else {
             return Err(Error::not_executed(
                 ErrorKind::Invalid,
                 "a correlation id of ours is a UUID",
             ));
         };
+        let mut now = self.ready;
         loop {
-            if self.deadline <= Instant::now() {
-                return Err(deadline_exceeded(self.started, Executed::No));
-            }
+            let remaining = self.remaining(now)?;
             // Entered before it is sent: a reply may be there before `send` resolves.
-            let (mut slot, address) = self.client.pending().enter(id)?;
+            let (mut slot, address) = self.client.pending().enter(id, self.deadline)?;
             let ticket = WithdrawOnDrop(Ticket::new());
-            let mut request = self.request();
-            request.reply_to = Some(address);
+            let request = self.request(Some(address), remaining);
             let tried = self.attempt(request, &ticket.0, &mut slot).await;
             return match tried {
                 Try::Ended(Ended::Reply(reply)) => match reply.outcome {
@@ -292,50 +306,60 @@ impl Exchange<'_> {
                 },
                 Try::Ended(Ended::Bad(error)) => Err(error),
                 Try::SendFailed(error) => Err(self.send_failed(error, &ticket)),
-                Try::TimedOut => Err(deadline_exceeded(self.started, ticket.executed())),
+                Try::Ended(Ended::TimedOut) => {
+                    Err(deadline_exceeded(self.started, ticket.executed()))
+                }
                 Try::Ended(Ended::Closed(error)) => Err(error.with_executed(ticket.executed())),
                 // The inbox was lost before this request went out: nobody has seen it, so it goes out
                 // with the new address.
-                Try::Ended(Ended::InboxLost(_)) if ticket.0.withdraw() => continue,
+                Try::Ended(Ended::InboxLost(_)) if ticket.0.withdraw() => {
+                    now = Instant::now();
+                    continue;
+                }
                 Try::Ended(Ended::InboxLost(error)) => Err(error.with_executed(Executed::Maybe)),
             };
         }
     }
 
     async fn attempt(&self, request: Request, ticket: &Ticket, slot: &mut Slot) -> Try {
-        let mut send = self.client.transport().send(self.outbound(request, ticket));
-        let mut expired = pin!(sleep_until(self.deadline));
-        let mut accepted = false;
-        loop {
-            tokio::select! {
-                biased;
-                // A reply proves that the request was accepted: nothing more is waited for.
-                ended = &mut slot.receiver => return match ended {
-                    Ok(ended) => Try::Ended(ended),
-                    Err(_) => Try::Ended(Ended::Closed(Error::maybe_executed(ErrorKind::Closed, "the client is gone"))),
-                },
-                sent = &mut send, if !accepted => match sent {
-                    Ok(()) => accepted = true,
-                    Err(error) => return Try::SendFailed(error),
-                },
-                () = &mut expired => return Try::TimedOut,
+        let mut sending = Some(self.client.transport().send(self.outbound(request, ticket)));
+        poll_fn(|cx| {
+            // A reply proves that the request was accepted: nothing more is waited for. And what has timed out is not sent.
+            if let Poll::Ready(ended) = slot.poll_ended(cx) {
+                return Poll::Ready(Try::Ended(ended));
             }
-        }
+            if let Some(send) = &mut sending
+                && let Poll::Ready(sent) = send.as_mut().poll(cx)
+            {
+                sending = None;
+                if let Err(error) = sent {
+                    return Poll::Ready(Try::SendFailed(error));
+                }
+            }
+            Poll::Pending
+        })
+        .await
     }
 
-    async fn notify(self) -> Result<(), Error> {
+    async fn notify(&self) -> Result<(), Error> {
         self.client.pending().check_open()?;
         let ticket = WithdrawOnDrop(Ticket::new());
-        if self.deadline <= Instant::now() {
-            return Err(deadline_exceeded(self.started, Executed::No));
-        }
+        let request = self.request(None, self.remaining(self.ready)?);
         let send = self
             .client
             .transport()
-            .send(self.outbound(self.request(), &ticket.0));
+            .send(self.outbound(request, &ticket.0));
         match timeout_at(self.deadline, send).await {
             Ok(sent) => sent.map_err(|error| self.send_failed(error, &ticket)),
             Err(_) => Err(deadline_exceeded(self.started, ticket.executed())),
+        }
+    }
+
+    /// What is left of the time before the request is sent.
+    fn remaining(&self, now: Instant) -> Result<Duration, Error> {
+        match self.deadline.saturating_duration_since(now) {
+            Duration::ZERO => Err(deadline_exceeded(self.started, Executed::No)),
+            remaining => Ok(remaining),
         }
     }
 
@@ -356,13 +380,11 @@ impl Exchange<'_> {
         }
     }
 
-    fn request(&self) -> Request {
+    fn request(&self, reply_to: Option<ReplyAddress>, remaining: Duration) -> Request {
         Request {
             id: self.id.clone(),
-            reply_to: None,
-            deadline: Some(Deadline::after(
-                self.deadline.saturating_duration_since(Instant::now()),
-            )),
+            reply_to,
+            deadline: Some(Deadline::after(remaining)),
             method: self.options.method.clone(),
             headers: self.options.headers.clone(),
             content_type: self.options.content_type.clone(),

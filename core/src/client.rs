@@ -6,6 +6,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use tokio::sync::OnceCell;
 use tokio::task::AbortHandle;
+use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::call::{Call, Notify};
@@ -34,7 +35,7 @@ struct Inner {
 impl Client {
     /// Opens a client: when this resolves, its inbox is live.
     ///
-    /// Its one task runs on the present Tokio runtime.
+    /// Its two tasks run on the present Tokio runtime: one takes the replies, one ends calls at their deadlines.
     ///
     /// # Errors
     /// `Connect` if the connection is lost and not back within 10 s; others as of [`Transport::open_inbox`]; `Invalid` for a
@@ -51,6 +52,11 @@ impl Client {
             _ended: ended.clone().drop_guard(),
         };
         let dispatcher = tokio::spawn(dispatcher.run()).abort_handle();
+        // It ends when the table is closed, as the dispatcher does at its end.
+        tokio::spawn({
+            let pending = Arc::clone(&pending);
+            async move { pending.sweep().await }
+        });
         Ok(Self {
             inner: Arc::new(Inner {
                 transport,
@@ -176,8 +182,9 @@ impl Dispatcher {
         loop {
             match self.inbox.recv().await {
                 InboxEvent::Replies(replies) => {
+                    let now = Instant::now();
                     for incoming in replies {
-                        self.deliver(incoming);
+                        self.deliver(incoming, now);
                     }
                 }
                 InboxEvent::Lost(error) => {
@@ -189,7 +196,7 @@ impl Dispatcher {
         }
     }
 
-    fn deliver(&self, incoming: Incoming) {
+    fn deliver(&self, incoming: Incoming, now: Instant) {
         match incoming {
             Incoming::Reply(reply) => {
                 let size = match &reply.outcome {
@@ -201,7 +208,7 @@ impl Dispatcher {
                     Ok(()) => Ended::Reply(reply),
                     Err(error) => Ended::Bad(bad_reply(error.message())),
                 };
-                self.pending.resolve(&id, ended);
+                self.pending.resolve(&id, ended, now);
             }
             Incoming::Undecodable {
                 id: Some(id),
@@ -209,7 +216,7 @@ impl Dispatcher {
             } => {
                 // It may have been a refusal.
                 let error = bad_reply(&reason).with_executed(Executed::Maybe);
-                self.pending.resolve(&id, Ended::Bad(error));
+                self.pending.resolve(&id, Ended::Bad(error), now);
             }
             Incoming::Undecodable { id: None, reason } => {
                 tracing::warn!(reason, "a reply that cannot be decoded was discarded");
@@ -260,18 +267,6 @@ pub(crate) enum ClientSource {
     Lazy(Arc<LazyClient>),
 }
 
-impl ClientSource {
-    pub(crate) async fn client(&self) -> Result<&Client, Error> {
-        match self {
-            Self::Open(client) => Ok(client),
-            Self::Lazy(lazy) => {
-                let open = || Client::open(Arc::clone(&lazy.transport), lazy.config);
-                lazy.client.get_or_try_init(open).await
-            }
-        }
-    }
-}
-
 /// The client of a server's handlers, opened at their first call.
 #[derive(Debug)]
 pub(crate) struct LazyClient {
@@ -287,6 +282,11 @@ impl LazyClient {
             config,
             client: OnceCell::new(),
         }
+    }
+
+    pub(crate) async fn client(&self) -> Result<&Client, Error> {
+        let open = || Client::open(Arc::clone(&self.transport), self.config);
+        self.client.get_or_try_init(open).await
     }
 
     pub(crate) async fn close(&self) {

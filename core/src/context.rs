@@ -1,6 +1,6 @@
 //! What a handler may know of its request besides the body.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -27,8 +27,15 @@ pub(crate) struct Inner {
     pub(crate) content_type: Option<ContentType>,
     pub(crate) attempt: u32,
     pub(crate) deadline: Instant,
-    pub(crate) cancellation: CancellationToken,
+    /// Made when it is first asked for, or fires: most handlers end without either.
+    pub(crate) cancellation: OnceLock<CancellationToken>,
     pub(crate) client: Arc<LazyClient>,
+}
+
+impl Inner {
+    pub(crate) fn cancellation(&self) -> &CancellationToken {
+        self.cancellation.get_or_init(CancellationToken::new)
+    }
 }
 
 impl Context {
@@ -52,7 +59,7 @@ impl Context {
     /// server stops waiting for its handlers at the end of its drain timeout, or is dropped; they are then dropped at once.
     #[must_use]
     pub fn cancellation(&self) -> CancellationToken {
-        self.inner.cancellation.clone()
+        self.inner.cancellation().clone()
     }
 
     /// Which attempt this is: 1, and one more for each server that died with this request.

@@ -1,21 +1,21 @@
 //! The calls that wait for a reply, and the memory of those that ended. No I/O.
 
-use std::collections::{HashMap, VecDeque};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+mod deadlines;
+mod ended;
 
-use tokio::sync::oneshot;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, ready};
+
+use futures_util::FutureExt;
+use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 
+use self::deadlines::Deadlines;
+use self::ended::{EndedCalls, Fate};
 use crate::envelope::{CorrelationId, Reply};
 use crate::error::{Error, ErrorKind, Executed};
 use crate::name::ReplyAddress;
-
-/// How many ended calls are remembered, to tell a duplicate or late reply from an unknown one.
-const ENDED_MAX: usize = 16_384;
-
-/// For how long they are remembered.
-const ENDED_AGE: Duration = Duration::from_secs(60);
 
 /// What a client has seen, and what waits now.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -38,74 +38,90 @@ pub(crate) enum Ended {
     Reply(Reply),
     /// By a reply that is none.
     Bad(Error),
+    /// By its deadline.
+    TimedOut,
     /// The inbox lost what was under way.
     InboxLost(Error),
     /// The client was closed.
     Closed(Error),
 }
 
-/// The table of one client. One lock: entering and leaving cost less than a sharded table saves below four threads.
+/// The table of one client.
 #[derive(Debug)]
 pub(crate) struct Pending {
     max_pending: usize,
     table: Mutex<Table>,
+    /// Rung for the sweeper when there is an earlier deadline than the one that it sleeps until, and at the end.
+    earlier: Notify,
 }
 
 #[derive(Debug)]
 struct Table {
-    calls: HashMap<u128, Call, foldhash::fast::RandomState>,
-    ended: VecDeque<(u128, Instant)>,
+    waiting: HashMap<u128, oneshot::Sender<Ended>, foldhash::fast::RandomState>,
+    deadlines: Deadlines,
+    ended: EndedCalls,
     /// Beside the calls, so that a call cannot enter with an address that was lost a moment before.
     address: ReplyAddress,
     closed: Option<Error>,
-    stats: ClientStats,
-}
-
-#[derive(Debug)]
-enum Call {
-    Waiting(oneshot::Sender<Ended>),
-    Answered,
-    Abandoned,
+    duplicates: u64,
+    late: u64,
+    unknown: u64,
 }
 
 impl Pending {
     pub(crate) fn new(address: ReplyAddress, max_pending: usize) -> Arc<Self> {
         let table = Table {
-            calls: HashMap::default(),
-            ended: VecDeque::new(),
+            waiting: HashMap::default(),
+            deadlines: Deadlines::default(),
+            ended: EndedCalls::default(),
             address,
             closed: None,
-            stats: ClientStats::default(),
+            duplicates: 0,
+            late: 0,
+            unknown: 0,
         };
         Arc::new(Self {
             max_pending,
             table: Mutex::new(table),
+            earlier: Notify::new(),
         })
     }
 
-    /// Enters a call, before its request is sent: a reply may be faster than `send`.
-    pub(crate) fn enter(self: &Arc<Self>, id: u128) -> Result<(Slot, ReplyAddress), Error> {
-        let mut table = self.lock();
-        // Under the lock that `close` takes: else a call entered behind it would wait for nobody.
-        if let Some(error) = &table.closed {
-            return Err(error.clone());
-        }
-        if table.stats.pending >= self.max_pending {
-            let message = format!("{} calls wait already", self.max_pending);
-            return Err(Error::not_executed(ErrorKind::Overloaded, message));
-        }
+    /// Enters a call, before its request is sent: a reply may be faster than `send`. It ends by `deadline`.
+    pub(crate) fn enter(
+        self: &Arc<Self>,
+        id: u128,
+        deadline: Instant,
+    ) -> Result<(Slot, ReplyAddress), Error> {
         let (sender, receiver) = oneshot::channel();
-        table.calls.insert(id, Call::Waiting(sender));
-        table.stats.pending += 1;
-        let address = table.address.clone();
-        Ok((
-            Slot {
-                pending: Arc::clone(self),
-                id,
-                receiver,
-            },
-            address,
-        ))
+        let (is_first, address) = {
+            let mut guard = self.lock();
+            let table = &mut *guard;
+            // Under the lock that `close` takes: else a call entered behind it would wait for nobody.
+            if let Some(error) = &table.closed {
+                return Err(error.clone());
+            }
+            if table.waiting.len() >= self.max_pending {
+                let message = format!("{} calls wait already", self.max_pending);
+                return Err(Error::not_executed(ErrorKind::Overloaded, message));
+            }
+            table.waiting.insert(id, sender);
+            let waits = |id| table.waiting.contains_key(&id);
+            let is_first = table
+                .deadlines
+                .insert(deadline, id, table.waiting.len(), waits);
+            (is_first, table.address.clone())
+        };
+        if is_first {
+            self.earlier.notify_one();
+        }
+        let slot = Slot {
+            pending: Arc::clone(self),
+            id,
+            receiver,
+            ended: false,
+        };
+        Ok((slot, address))
     }
 
     /// Fails if the table is closed.
@@ -114,36 +130,63 @@ impl Pending {
     }
 
     /// Hands what arrived to the call that waits for it, or discards and counts it.
-    pub(crate) fn resolve(&self, id: &CorrelationId, ended: Ended) {
+    pub(crate) fn resolve(&self, id: &CorrelationId, ended: Ended, now: Instant) {
         let mut table = self.lock();
-        table.forget_old(Instant::now());
-        let waiting = match id
-            .as_u128()
-            .and_then(|id| table.calls.get_mut(&id).map(|call| (id, call)))
-        {
-            Some((id, call @ Call::Waiting(_))) => {
-                Ok((id, std::mem::replace(call, Call::Answered)))
-            }
-            Some((_, Call::Answered)) => Err(&mut table.stats.duplicates),
-            Some((_, Call::Abandoned)) => Err(&mut table.stats.late),
-            None => Err(&mut table.stats.unknown),
+        let Some(id) = id.as_u128() else {
+            table.unknown += 1;
+            return;
         };
-        match waiting {
-            Ok((id, call)) => {
-                table.remember(id);
-                drop(table);
-                if let Call::Waiting(sender) = call {
-                    // The receiver may be gone by a hair: its call ended first, and has its outcome.
-                    let _ = sender.send(ended);
-                }
-            }
-            Err(counter) => *counter += 1,
+        if let Some(sender) = table.waiting.remove(&id) {
+            table.ended.remember(id, Fate::Answered, now);
+            drop(table);
+            // The receiver may be gone by a hair: its call ended first, and has its outcome.
+            let _ = sender.send(ended);
+            return;
+        }
+        match table.ended.find(id, now) {
+            Some(Fate::Answered) => table.duplicates += 1,
+            Some(Fate::Abandoned) => table.late += 1,
+            None => table.unknown += 1,
         }
     }
 
     /// Counts a reply that cannot be told whose it is.
     pub(crate) fn count_unknown(&self) {
-        self.lock().stats.unknown += 1;
+        self.lock().unknown += 1;
+    }
+
+    /// Ends calls at their deadlines, until the table is closed.
+    ///
+    /// One timer for all of them: most calls end long before their deadline, and would have set and removed one for nothing.
+    pub(crate) async fn sweep(&self) {
+        loop {
+            let (due, next) = {
+                let now = Instant::now();
+                let mut guard = self.lock();
+                let table = &mut *guard;
+                if table.closed.is_some() {
+                    return;
+                }
+                let mut due = Vec::new();
+                while let Some(id) = table.deadlines.pop_due(now) {
+                    due.extend(table.abandon(id, now));
+                }
+                (
+                    due,
+                    table.deadlines.arm(|id| table.waiting.contains_key(&id)),
+                )
+            };
+            for sender in due {
+                let _ = sender.send(Ended::TimedOut);
+            }
+            match next {
+                Some(next) => {
+                    // Either way, all is looked at again.
+                    let _ = tokio::time::timeout_at(next, self.earlier.notified()).await;
+                }
+                None => self.earlier.notified().await,
+            }
+        }
     }
 
     /// Ends all that waits, since their replies may never come, and has later calls use the new address.
@@ -166,13 +209,20 @@ impl Pending {
             .get_or_insert_with(|| error.clone().with_executed(Executed::No));
         let waiting = table.abandon_all();
         drop(table);
+        self.earlier.notify_one();
         for sender in waiting {
             let _ = sender.send(Ended::Closed(error.clone()));
         }
     }
 
     pub(crate) fn stats(&self) -> ClientStats {
-        self.lock().stats
+        let table = self.lock();
+        ClientStats {
+            pending: table.waiting.len(),
+            duplicates: table.duplicates,
+            late: table.late,
+            unknown: table.unknown,
+        }
     }
 
     pub(crate) fn address(&self) -> ReplyAddress {
@@ -186,50 +236,22 @@ impl Pending {
 }
 
 impl Table {
-    /// Keeps an ended call's id for a while, and counts it as no longer waiting.
-    fn remember(&mut self, id: u128) {
-        self.stats.pending -= 1;
-        let now = Instant::now();
-        self.ended.push_back((id, now));
-        self.forget_old(now);
-    }
-
-    fn forget_old(&mut self, now: Instant) {
-        while let Some(&(oldest, ended)) = self.ended.front()
-            && (self.ended.len() > ENDED_MAX || now.duration_since(ended) > ENDED_AGE)
-        {
-            self.ended.pop_front();
-            // A call that entered again, behind a lost inbox, waits under the id of its first try.
-            if !matches!(self.calls.get(&oldest), Some(Call::Waiting(_))) {
-                self.calls.remove(&oldest);
-            }
-        }
-    }
-
     fn abandon_all(&mut self) -> Vec<oneshot::Sender<Ended>> {
-        let waiting: Vec<u128> = self
-            .calls
-            .iter()
-            .filter(|(_, call)| matches!(call, Call::Waiting(_)))
-            .map(|(&id, _)| id)
-            .collect();
+        let now = Instant::now();
+        let ended = &mut self.ended;
+        let waiting = self.waiting.drain();
         waiting
-            .into_iter()
-            .filter_map(|id| self.abandon(id))
+            .map(|(id, sender)| {
+                ended.remember(id, Fate::Abandoned, now);
+                sender
+            })
             .collect()
     }
 
-    fn abandon(&mut self, id: u128) -> Option<oneshot::Sender<Ended>> {
-        let call = self.calls.get_mut(&id)?;
-        if !matches!(call, Call::Waiting(_)) {
-            return None;
-        }
-        let call = std::mem::replace(call, Call::Abandoned);
-        self.remember(id);
-        match call {
-            Call::Waiting(sender) => Some(sender),
-            Call::Answered | Call::Abandoned => None,
-        }
+    fn abandon(&mut self, id: u128, now: Instant) -> Option<oneshot::Sender<Ended>> {
+        let sender = self.waiting.remove(&id)?;
+        self.ended.remember(id, Fate::Abandoned, now);
+        Some(sender)
     }
 }
 
@@ -238,17 +260,40 @@ impl Table {
 pub(crate) struct Slot {
     pending: Arc<Pending>,
     id: u128,
-    pub(crate) receiver: oneshot::Receiver<Ended>,
+    receiver: oneshot::Receiver<Ended>,
+    /// It is out of the table already.
+    ended: bool,
+}
+
+impl Slot {
+    /// Waits for the end; not to be polled again after it.
+    pub(crate) fn poll_ended(&mut self, cx: &mut Context<'_>) -> Poll<Ended> {
+        let ended = ready!(self.receiver.poll_unpin(cx));
+        self.ended = true;
+        Poll::Ready(ended.unwrap_or_else(|_| {
+            Ended::Closed(Error::maybe_executed(
+                ErrorKind::Closed,
+                "the client is gone",
+            ))
+        }))
+    }
 }
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        self.pending.lock().abandon(self.id);
+        if !self.ended {
+            let abandoned = self.pending.lock().abandon(self.id, Instant::now());
+            // Not under the lock: it may wake whoever waited for it.
+            drop(abandoned);
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use super::ended::{ENDED_AGE, ENDED_MAX};
     use super::*;
 
     fn table(max_pending: usize) -> Arc<Pending> {
@@ -257,14 +302,22 @@ mod tests {
 
     fn answer(pending: &Pending, id: u128) {
         let id = CorrelationId::from_u128(id);
-        pending.resolve(&id, Ended::Reply(Reply::value(id.clone(), "")));
+        pending.resolve(
+            &id,
+            Ended::Reply(Reply::value(id.clone(), "")),
+            Instant::now(),
+        );
+    }
+
+    fn enter(pending: &Arc<Pending>, id: u128) -> Result<(Slot, ReplyAddress), Error> {
+        pending.enter(id, Instant::now() + Duration::from_secs(30))
     }
 
     #[test]
     fn replies_are_told_apart() {
         let pending = table(10);
-        let (mut answered, _) = pending.enter(1).unwrap();
-        let (dropped, _) = pending.enter(2).unwrap();
+        let (mut answered, _) = enter(&pending, 1).unwrap();
+        let (dropped, _) = enter(&pending, 2).unwrap();
         assert_eq!(pending.stats().pending, 2);
         answer(&pending, 1);
         answer(&pending, 1);
@@ -274,6 +327,7 @@ mod tests {
         pending.resolve(
             &CorrelationId::parse("foreign").unwrap(),
             Ended::Bad(closed()),
+            Instant::now(),
         );
         let stats = ClientStats {
             pending: 0,
@@ -289,7 +343,7 @@ mod tests {
     async fn ended_calls_are_forgotten_by_count_and_by_age() {
         let pending = table(10);
         for id in 0..=ENDED_MAX as u128 {
-            let entered = pending.enter(id).unwrap();
+            let entered = enter(&pending, id).unwrap();
             answer(&pending, id);
             drop(entered);
         }
@@ -300,30 +354,69 @@ mod tests {
             (1, 1)
         );
         tokio::time::advance(ENDED_AGE + Duration::from_secs(1)).await;
-        drop(pending.enter(u128::MAX).unwrap());
+        drop(enter(&pending, u128::MAX).unwrap());
         answer(&pending, 1);
         assert_eq!(pending.stats().unknown, 2);
-        assert_eq!(pending.lock().calls.len(), 1);
+        assert_eq!(pending.lock().ended.len(), 1);
+        assert_eq!(pending.stats().pending, 0);
     }
 
     #[test]
     fn a_lost_inbox_ends_what_waits_and_changes_the_address() {
         let pending = table(1);
-        let (mut slot, address) = pending.enter(1).unwrap();
+        let (mut slot, address) = enter(&pending, 1).unwrap();
         assert_eq!(address.as_str(), "inbox");
-        assert_eq!(pending.enter(2).unwrap_err().kind(), ErrorKind::Overloaded);
+        assert_eq!(
+            enter(&pending, 2).unwrap_err().kind(),
+            ErrorKind::Overloaded
+        );
         pending.inbox_lost(&closed(), ReplyAddress::new("other").unwrap());
         assert!(matches!(slot.receiver.try_recv(), Ok(Ended::InboxLost(_))));
-        assert_eq!(pending.enter(3).unwrap().1.as_str(), "other");
+        assert_eq!(enter(&pending, 3).unwrap().1.as_str(), "other");
     }
 
     #[test]
     fn nobody_enters_a_closed_table() {
         let pending = table(10);
-        let (mut slot, _) = pending.enter(1).unwrap();
+        let (mut slot, _) = enter(&pending, 1).unwrap();
         pending.close(&closed());
         assert!(matches!(slot.receiver.try_recv(), Ok(Ended::Closed(_))));
-        assert_eq!(pending.enter(2).unwrap_err().kind(), ErrorKind::Closed);
+        assert_eq!(enter(&pending, 2).unwrap_err().kind(), ErrorKind::Closed);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn each_call_ends_at_its_deadline_and_not_before() {
+        let pending = table(1000);
+        let sweeper = tokio::spawn({
+            let pending = Arc::clone(&pending);
+            async move { pending.sweep().await }
+        });
+        let start = Instant::now();
+        let after = |milliseconds| start + Duration::from_millis(milliseconds);
+        // Those that end early, many of them, leave the others their deadlines.
+        for id in 1000..2000 {
+            drop(pending.enter(id, after(5)).unwrap());
+        }
+        let mut calls = Vec::new();
+        for (id, milliseconds) in [(1, 300), (2, 100), (3, 200), (4, 100)] {
+            let (slot, _) = pending.enter(id, after(milliseconds)).unwrap();
+            calls.push((slot, after(milliseconds)));
+            tokio::task::yield_now().await;
+        }
+        calls.sort_by_key(|(_, deadline)| *deadline);
+        for (mut slot, deadline) in calls {
+            let ended = std::future::poll_fn(|cx| slot.poll_ended(cx)).await;
+            assert!(matches!(ended, Ended::TimedOut));
+            let late = Instant::now().duration_since(deadline);
+            assert!(
+                Instant::now() >= deadline && late <= Duration::from_millis(2),
+                "{late:?}"
+            );
+        }
+        answer(&pending, 1);
+        assert_eq!((pending.stats().late, pending.stats().pending), (1, 0));
+        pending.close(&closed());
+        sweeper.await.unwrap();
     }
 
     fn closed() -> Error {

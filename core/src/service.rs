@@ -2,10 +2,12 @@
 
 use std::any::Any;
 use std::collections::BTreeMap;
+use std::future::poll_fn;
 use std::panic::AssertUnwindSafe;
-use std::pin::pin;
-use std::sync::Arc;
+use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::task::Poll;
 
 use futures_util::FutureExt;
 use tokio::time::{Instant, sleep_until};
@@ -136,11 +138,14 @@ impl Service {
     }
 
     /// Waits for a settlement, unless the server is killed meanwhile: once polled, it happens.
-    async fn settle(&self, settling: impl Future<Output = Result<(), Error>>) {
-        let settled = tokio::select! {
-            biased;
-            settled = settling => settled,
-            () = self.kill.cancelled() => return,
+    async fn settle(&self, settling: impl Future<Output = Result<(), Error>> + Send) {
+        let mut settling = pin!(settling);
+        let settled = match poll_once(settling.as_mut()).await {
+            Poll::Ready(settled) => Some(settled),
+            Poll::Pending => Box::pin(self.kill.run_until_cancelled(settling)).await,
+        };
+        let Some(settled) = settled else {
+            return;
         };
         if let Err(error) = settled {
             match error.kind() {
@@ -165,14 +170,11 @@ impl Service {
         if self.kill.is_cancelled() || delivery.lease.is_cancelled() {
             return None;
         }
-        let cancellation = CancellationToken::new();
-        let context = self.context(delivery, deadline, &cancellation);
+        let context = self.context(delivery, deadline);
+        let cancelled = Arc::clone(&context.inner);
         let running =
             AssertUnwindSafe(handler.handle(delivery.request.body.clone(), context)).catch_unwind();
-        let ended = match self
-            .supervise(running, deadline, &delivery.lease, &cancellation)
-            .await
-        {
+        let ended = match self.supervise(running, &delivery.lease, &cancelled).await {
             Supervised::Ended(Ok(Err(Failure::Undecodable(reason)))) => {
                 let fault = Fault::new(Code::InvalidArgument, reason);
                 return Some(Err(Failed::refused(fault, delivery.attempt)));
@@ -236,23 +238,35 @@ impl Service {
     /// its first poll costs no timer.
     async fn supervise<T>(
         &self,
-        running: impl Future<Output = T>,
-        deadline: Instant,
+        running: impl Future<Output = T> + Send,
         lease: &CancellationToken,
-        cancellation: &CancellationToken,
+        context: &context::Inner,
     ) -> Supervised<T> {
         let mut running = pin!(running);
+        match poll_once(running.as_mut()).await {
+            Poll::Ready(ended) => Supervised::Ended(ended),
+            // Kept apart, so that the many requests that do not come here carry no place for it.
+            Poll::Pending => Box::pin(self.supervise_long(running, lease, context)).await,
+        }
+    }
+
+    async fn supervise_long<T>(
+        &self,
+        mut running: Pin<&mut (impl Future<Output = T> + Send)>,
+        lease: &CancellationToken,
+        context: &context::Inner,
+    ) -> Supervised<T> {
         tokio::select! {
             biased;
             ended = &mut running => return Supervised::Ended(ended),
-            () = sleep_until(deadline) => {}
+            () = sleep_until(context.deadline) => {}
             () = lease.cancelled() => {}
             () = self.kill.cancelled() => {
-                cancellation.cancel();
+                context.cancellation().cancel();
                 return Supervised::Killed;
             }
         }
-        cancellation.cancel();
+        context.cancellation().cancel();
         tokio::select! {
             biased;
             ended = &mut running => Supervised::Ended(ended),
@@ -261,12 +275,7 @@ impl Service {
         }
     }
 
-    fn context(
-        &self,
-        delivery: &Delivery,
-        deadline: Instant,
-        cancellation: &CancellationToken,
-    ) -> Context {
+    fn context(&self, delivery: &Delivery, deadline: Instant) -> Context {
         let request = &delivery.request;
         let inner = context::Inner {
             id: request.id.clone(),
@@ -276,7 +285,7 @@ impl Service {
             content_type: request.content_type.clone(),
             attempt: delivery.attempt,
             deadline,
-            cancellation: cancellation.clone(),
+            cancellation: OnceLock::new(),
             client: Arc::clone(&self.client),
         };
         Context {
@@ -342,6 +351,10 @@ enum Supervised<T> {
     /// Cancelled, and not ended within the grace.
     Overdue,
     Killed,
+}
+
+async fn poll_once<T>(mut future: Pin<&mut impl Future<Output = T>>) -> Poll<T> {
+    poll_fn(|cx| Poll::Ready(future.as_mut().poll(cx))).await
 }
 
 fn count(counter: &AtomicU64) {

@@ -304,8 +304,11 @@ impl Delivery {
     ///
     /// # Errors
     /// As above.
-    pub async fn reply(self, reply: Option<Reply>) -> Result<(), Error> {
-        self.settlement.settle(Settle::Reply(reply)).await
+    pub fn reply(
+        self,
+        reply: Option<Reply>,
+    ) -> impl Future<Output = Result<(), Error>> + Send + use<> {
+        self.settlement.settle(Settle::Reply(reply))
     }
 
     /// Moves the request to the service's dead letters, telling the caller, for good.

@@ -81,12 +81,14 @@ impl Connection {
         !self.is(CUT | PAUSED)
     }
 
-    /// Waits until none of `obstacles` stands in the way.
-    pub(crate) async fn pass(&self, obstacles: u8) -> Result<(), Error> {
+    /// Waits until none of `obstacles` stands in the way. True if it had to.
+    pub(crate) async fn pass(&self, obstacles: u8) -> Result<bool, Error> {
+        let mut waited = false;
         loop {
             if !self.is(obstacles | CLOSED) {
-                return Ok(());
+                return Ok(waited);
             }
+            waited = true;
             let mut changed = pin!(self.changed.notified());
             // Before the second look at the gate: a change between the look and the wait would be missed.
             changed.as_mut().enable();

@@ -76,16 +76,15 @@ impl Hub {
         connections.iter().filter_map(Weak::upgrade).collect()
     }
 
-    /// Puts a request into its service's queue, if any time is left of its budget since `entered`.
+    /// Puts a request into its service's queue, if any time is left of its budget, having entered then, now.
     pub(crate) fn request(
         &self,
         service: &ServiceName,
         mut request: Request,
-        entered: Instant,
+        (entered, now): (Instant, Instant),
         expect_responder: bool,
         ticket: &Ticket,
     ) -> Result<(), Error> {
-        let now = Instant::now();
         let mut expires = None;
         if let Some(deadline) = &mut request.deadline {
             expires = entered.checked_add(deadline.budget);

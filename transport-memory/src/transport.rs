@@ -74,10 +74,15 @@ impl Transport for MemoryTransport {
                 expect_responder,
                 ticket,
             } => {
-                connection.pass(CUT | PAUSED | BLOCKED).await?;
-                connection
-                    .hub()
-                    .request(&service, request, entered, expect_responder, &ticket)
+                let waited = connection.pass(CUT | PAUSED | BLOCKED).await?;
+                let now = if waited { Instant::now() } else { entered };
+                connection.hub().request(
+                    &service,
+                    request,
+                    (entered, now),
+                    expect_responder,
+                    &ticket,
+                )
             }
             Outbound::Reply { to, reply } => {
                 connection.pass(CUT | PAUSED).await?;

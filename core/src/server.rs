@@ -346,7 +346,7 @@ impl RunningServer {
     }
 }
 
-/// Takes deliveries of one service and gives each to a task of its own, until it is told to stop.
+/// Takes deliveries of one service and has them served, until it is told to stop.
 async fn serve(
     mut subscription: Box<dyn Subscription>,
     service: Arc<Service>,
@@ -361,9 +361,7 @@ async fn serve(
         };
         match event {
             SubscriptionEvent::Deliveries(deliveries) => {
-                for delivery in deliveries {
-                    handlers.spawn(Arc::clone(&service).serve(delivery));
-                }
+                service.start(deliveries, &handlers);
             }
             SubscriptionEvent::Closed(error) => {
                 tracing::warn!(service = %service.name(), %error, "no longer served");

@@ -132,7 +132,8 @@ impl Letters {
         let rest = if state.arrived.len() > BATCH_MAX {
             state.arrived.split_off(BATCH_MAX)
         } else {
-            Vec::new()
+            // The next batch is likely to be as large.
+            Vec::with_capacity(state.arrived.len())
         };
         Ok(InboxEvent::Replies(mem::replace(&mut state.arrived, rest)))
     }

@@ -1,5 +1,7 @@
 //! The brokers of a run: private processes on free loopback ports.
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::io;
 use std::net::{Ipv4Addr, TcpListener};
 use std::process::Stdio;
@@ -11,7 +13,7 @@ use tokio::net::TcpStream;
 use tokio::process::{Child, ChildStdin, Command};
 
 use crate::Failure;
-use crate::contenders::Needs;
+use crate::contenders::{Contender, Needs};
 use crate::cpu;
 
 const NATS_START: Duration = Duration::from_secs(10);
@@ -24,9 +26,41 @@ exec 3<&0
 exec nats-server --addr 127.0.0.1 --port "$0" </dev/null 3<&-
 "#;
 
+/// The brokers that a group of contenders needs. Dropping it ends them.
+#[derive(Debug)]
+pub(crate) struct Brokers(BTreeMap<Needs, Running>);
+
+impl Brokers {
+    pub(crate) async fn start(contenders: &[Contender]) -> Result<Self, Failure> {
+        let mut brokers = BTreeMap::new();
+        for contender in contenders {
+            if let Entry::Vacant(entry) = brokers.entry(contender.needs()) {
+                entry.insert(Running::start(contender.needs()).await?);
+            }
+        }
+        Ok(Self(brokers))
+    }
+
+    /// What runs, with versions.
+    pub(crate) fn names(&self) -> impl Iterator<Item = String> {
+        self.0.values().filter_map(Running::name)
+    }
+
+    /// Where it is; empty for nothing.
+    pub(crate) fn url(&self, needs: Needs) -> String {
+        self.0.get(&needs).map(Running::url).unwrap_or_default()
+    }
+
+    /// Its processes.
+    pub(crate) fn processes(&self, needs: Needs) -> Vec<u32> {
+        let processes = self.0.get(&needs).map(Running::processes);
+        processes.unwrap_or_default()
+    }
+}
+
 /// One broker that runs. Dropping it ends it.
 #[derive(Debug)]
-pub(crate) enum Running {
+enum Running {
     Nothing,
     Ours(Box<Broker>),
     Nats(Box<NatsServer>),
@@ -34,7 +68,7 @@ pub(crate) enum Running {
 
 /// A private NATS server.
 #[derive(Debug)]
-pub(crate) struct NatsServer {
+struct NatsServer {
     child: Child,
     // Its end tells the watchdog.
     _input: ChildStdin,
@@ -44,7 +78,7 @@ pub(crate) struct NatsServer {
 
 impl Running {
     /// Starts what a contender needs.
-    pub(crate) async fn start(needs: Needs) -> Result<Self, Failure> {
+    async fn start(needs: Needs) -> Result<Self, Failure> {
         let kind = match needs {
             Needs::Nothing => return Ok(Self::Nothing),
             Needs::Nats => return Ok(Self::Nats(Box::new(NatsServer::start().await?))),
@@ -55,7 +89,7 @@ impl Running {
         Ok(Self::Ours(Box::new(broker)))
     }
 
-    pub(crate) fn url(&self) -> String {
+    fn url(&self) -> String {
         match self {
             Self::Nothing => String::new(),
             Self::Ours(broker) => broker.url().to_owned(),
@@ -64,7 +98,7 @@ impl Running {
     }
 
     /// Its processes.
-    pub(crate) fn processes(&self) -> Vec<u32> {
+    fn processes(&self) -> Vec<u32> {
         let root = match self {
             Self::Nothing => None,
             Self::Ours(broker) => broker.pid(),
@@ -74,7 +108,7 @@ impl Running {
     }
 
     /// What it is, with its version.
-    pub(crate) fn name(&self) -> Option<String> {
+    fn name(&self) -> Option<String> {
         match self {
             Self::Nothing => None,
             Self::Ours(broker) => Some(broker.name()),

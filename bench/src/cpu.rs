@@ -92,6 +92,16 @@ fn parent(process: u32) -> Option<u32> {
     rest.split_ascii_whitespace().nth(1)?.parse().ok()
 }
 
+/// The memory of a process that is resident, in bytes.
+pub(crate) fn resident(process: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
+    let kib: Option<u64> = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmRSS:"))
+        .and_then(|rest| rest.split_ascii_whitespace().next()?.parse().ok());
+    kib.unwrap_or_default() * 1024
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -105,6 +115,7 @@ mod tests {
             sum = std::hint::black_box(sum + 1);
         }
         assert!(sum > 0);
+        assert!(resident(own) > 0);
     }
 
     #[test]

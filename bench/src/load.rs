@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use tokio::task::JoinSet;
 
 use crate::Failure;
-use crate::cpu::{self, Watched};
+use crate::cpu::{self, Used, Watched};
 
 /// What is called.
 pub(crate) trait Caller: Clone + Send + Sync + 'static {
@@ -27,6 +27,8 @@ pub(crate) struct Point {
     pub(crate) size: usize,
     pub(crate) warm_up: Duration,
     pub(crate) length: Duration,
+    /// Calls a second of an open loop; none for the closed one.
+    pub(crate) rate: Option<f64>,
     pub(crate) watched: Watched,
 }
 
@@ -36,6 +38,7 @@ pub(crate) struct Figures {
     pub(crate) calls_per_second: f64,
     pub(crate) p50_us: f64,
     pub(crate) p99_us: f64,
+    pub(crate) p999_us: f64,
     /// Processor time of client and server for 1,000 calls, in seconds.
     pub(crate) cpu_per_1000: f64,
     /// The broker's.
@@ -95,21 +98,71 @@ pub(crate) async fn measure(caller: impl Caller, point: &Point) -> Result<Figure
     while let Some(ended) = callers.join_next().await {
         latencies.add(ended??)?;
     }
+    let spent = Spent::between(before, after, busy);
+    figures(&latencies, spent, lasted)
+}
+
+/// Calls, as many by each caller.
+pub(crate) async fn call_often(
+    caller: impl Caller,
+    concurrency: usize,
+    calls: usize,
+) -> Result<(), Failure> {
+    let body = Bytes::from_static(&[b'x'; 64]);
+    let mut callers = JoinSet::new();
+    for _ in 0..concurrency {
+        let (caller, body) = (caller.clone(), body.clone());
+        callers.spawn(async move {
+            for _ in 0..calls {
+                caller.call(body.clone()).await?;
+            }
+            Ok::<(), Failure>(())
+        });
+    }
+    while let Some(ended) = callers.join_next().await {
+        ended??;
+    }
+    Ok(())
+}
+
+/// What was used while it was measured.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Spent {
+    ends: Duration,
+    broker: Duration,
+    other: Duration,
+}
+
+impl Spent {
+    pub(crate) fn between(before: Used, after: Used, busy: Duration) -> Self {
+        let ends = after.ends.saturating_sub(before.ends);
+        let broker = after.broker.saturating_sub(before.broker);
+        Self {
+            ends,
+            broker,
+            other: busy.saturating_sub(ends + broker),
+        }
+    }
+}
+
+pub(crate) fn figures(
+    latencies: &Histogram<u64>,
+    spent: Spent,
+    lasted: Duration,
+) -> Result<Figures, Failure> {
     let calls = latencies.len() as f64;
     if calls == 0.0 {
         return Err("no call ended in time".into());
     }
     let micros = |quantile| latencies.value_at_quantile(quantile) as f64 / 1e3;
-    let ends = after.ends.saturating_sub(before.ends);
-    let broker = after.broker.saturating_sub(before.broker);
-    let other = busy.saturating_sub(ends + broker);
     Ok(Figures {
         calls_per_second: calls / lasted.as_secs_f64(),
         p50_us: micros(0.5),
         p99_us: micros(0.99),
-        cpu_per_1000: ends.as_secs_f64() / calls * 1e3,
-        broker_cpu_per_1000: broker.as_secs_f64() / calls * 1e3,
-        other_load: other.as_secs_f64() / lasted.as_secs_f64(),
+        p999_us: micros(0.999),
+        cpu_per_1000: spent.ends.as_secs_f64() / calls * 1e3,
+        broker_cpu_per_1000: spent.broker.as_secs_f64() / calls * 1e3,
+        other_load: spent.other.as_secs_f64() / lasted.as_secs_f64(),
     })
 }
 

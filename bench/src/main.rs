@@ -5,8 +5,14 @@ mod args;
 mod brokers;
 mod contenders;
 mod cpu;
+mod flat;
+mod idle;
+mod instructions;
 mod load;
 mod machine;
+mod open_load;
+mod open_loop;
+mod pair;
 mod process;
 mod report;
 mod roles;
@@ -36,6 +42,11 @@ fn run(args: Args) -> Result<(), Failure> {
     match args.command {
         Some(Command::Serve(role)) => roles::runtime(role.workers)?.block_on(roles::serve(&role)),
         Some(Command::Call(role)) => roles::runtime(role.workers)?.block_on(roles::call(&role)),
+        Some(Command::HotPath(path)) => roles::runtime(1)?.block_on(roles::hot_path(&path)),
+        Some(Command::Idle(idle)) => roles::runtime(1)?.block_on(idle::run(&idle)),
+        Some(Command::Flat(flat)) => roles::runtime(1)?.block_on(flat::run(&flat)),
+        Some(Command::OpenLoop(open)) => roles::runtime(1)?.block_on(open_loop::run(&open)),
+        Some(Command::Instructions(counts)) => instructions::run(&counts),
         None => roles::runtime(1)?.block_on(rounds::run(&args.rounds)),
     }
 }

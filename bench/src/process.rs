@@ -35,11 +35,7 @@ impl Half {
         // The program itself, even if another has been built in its place by now.
         let mut child = Command::new("/proc/self/exe")
             .arg(part)
-            .args(["--contender", role.contender.name()])
-            .args(["--url", &role.url])
-            .args(["--service", &role.service])
-            .args(["--workers", &role.workers.to_string()])
-            .args(["--prefetch", &role.prefetch.to_string()])
+            .args(role.arguments())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .kill_on_drop(true)

@@ -4,9 +4,10 @@ use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::runtime::{Builder, Runtime};
 
 use crate::Failure;
-use crate::args::Role;
+use crate::args::{HotPath, Role};
 use crate::contenders::Measure;
 use crate::load::{self, Caller, Point};
+use crate::open_load;
 
 /// The line that says that a role is live.
 pub(crate) const READY: &str = "ready";
@@ -45,6 +46,26 @@ pub(crate) async fn call(role: &Role) -> Result<(), Failure> {
     role.contender.call(&role.place(), Points).await
 }
 
+/// Calls so often, and ends: whoever watches from outside compares two numbers of calls.
+pub(crate) async fn hot_path(hot_path: &HotPath) -> Result<(), Failure> {
+    let service = "hot-path".to_owned();
+    let role = Role::plain(hot_path.contender, String::new(), service, 1, 256);
+    hot_path
+        .contender
+        .call(&role.place(), Often(hot_path))
+        .await
+}
+
+struct Often<'a>(&'a HotPath);
+
+impl Measure for Often<'_> {
+    type Output = ();
+
+    async fn with(self, caller: impl Caller) -> Result<(), Failure> {
+        load::call_often(caller, self.0.concurrency, self.0.calls).await
+    }
+}
+
 struct Points;
 
 impl Measure for Points {
@@ -55,7 +76,11 @@ impl Measure for Points {
         let mut lines = BufReader::new(tokio::io::stdin()).lines();
         while let Some(line) = lines.next_line().await? {
             let point: Point = serde_json::from_str(&line)?;
-            let figures = load::measure(caller.clone(), &point).await?;
+            let caller = caller.clone();
+            let figures = match point.rate {
+                Some(rate) => open_load::measure(caller, &point, rate).await?,
+                None => load::measure(caller, &point).await?,
+            };
             println!("{}", serde_json::to_string(&figures)?);
         }
         Ok(())

@@ -1,16 +1,11 @@
 //! The run: every contender at every point, interleaved, in rounds.
 
-use std::collections::BTreeMap;
-use std::time::Duration;
-
 use crate::Failure;
 use crate::args::{Role, Rounds};
-use crate::brokers::Running;
-use crate::contenders::{Contender, Group, Needs};
-use crate::cpu::Watched;
-use crate::load::Point;
+use crate::brokers::Brokers;
+use crate::contenders::{Contender, Group};
 use crate::machine::Machine;
-use crate::process::Half;
+use crate::pair::{Pair, unique_service};
 use crate::report::{Report, Sample, Settings};
 
 /// Measures everything that is asked for, prints it, and writes the files.
@@ -37,14 +32,8 @@ async fn run_group(
     report: &mut Report,
     failures: &mut Vec<String>,
 ) -> Result<(), Failure> {
-    let mut brokers = BTreeMap::new();
-    for needs in contenders.iter().map(|contender| contender.needs()) {
-        if let std::collections::btree_map::Entry::Vacant(entry) = brokers.entry(needs) {
-            let broker = Running::start(needs).await?;
-            report.brokers.extend(broker.name());
-            entry.insert(broker);
-        }
-    }
+    let brokers = Brokers::start(contenders).await?;
+    report.brokers.extend(brokers.names());
     let points: Vec<(usize, usize)> = rounds
         .size
         .iter()
@@ -52,7 +41,7 @@ async fn run_group(
         .collect();
     let mut pairs = Vec::new();
     for &contender in contenders {
-        pairs.push(Pair::start(rounds, contender, &brokers).await?);
+        pairs.push(Pair::start(role(rounds, contender, &brokers), &brokers).await?);
     }
     for round in 0..rounds.rounds {
         for (index, &(concurrency, size)) in points.iter().enumerate() {
@@ -61,8 +50,8 @@ async fn run_group(
             pairs.rotate_left(turn);
             let mut lost = Vec::new();
             for pair in &mut pairs {
-                let contender = pair.contender;
-                match pair.measure(rounds, concurrency, size).await {
+                let contender = pair.contender();
+                match pair.measure(concurrency, size, rounds.seconds, None).await {
                     Ok(figures) => {
                         eprintln!(
                             "{} round {} {contender:<17} {concurrency:>4} x {size:>5} B: {:>9.0} calls/s, p50 {:.0} µs",
@@ -89,8 +78,8 @@ async fn run_group(
             }
             // What failed may be in any state: the next point begins with a new pair.
             for contender in lost {
-                pairs.retain(|pair| pair.contender != contender);
-                pairs.push(Pair::start(rounds, contender, &brokers).await?);
+                pairs.retain(|pair| pair.contender() != contender);
+                pairs.push(Pair::start(role(rounds, contender, &brokers), &brokers).await?);
             }
         }
     }
@@ -100,70 +89,8 @@ async fn run_group(
     Ok(())
 }
 
-/// The two halves of a contender.
-struct Pair {
-    contender: Contender,
-    client: Half,
-    server: Option<Half>,
-    watched: Watched,
-}
-
-impl Pair {
-    async fn start(
-        rounds: &Rounds,
-        contender: Contender,
-        brokers: &BTreeMap<Needs, Running>,
-    ) -> Result<Self, Failure> {
-        let broker = brokers.get(&contender.needs());
-        let role = Role {
-            contender,
-            url: broker.map(Running::url).unwrap_or_default(),
-            service: format!("bench-{contender}-{:x}", unique()),
-            workers: rounds.workers,
-            prefetch: rounds.prefetch,
-        };
-        let server = match contender.group() {
-            Group::Memory => None,
-            _ => Some(Half::start("serve", &role).await?),
-        };
-        let client = Half::start("call", &role).await?;
-        let ends = server.iter().chain([&client]).map(Half::id).collect();
-        let broker = broker.map(Running::processes).unwrap_or_default();
-        Ok(Self {
-            contender,
-            client,
-            server,
-            watched: Watched { ends, broker },
-        })
-    }
-
-    async fn measure(
-        &mut self,
-        rounds: &Rounds,
-        concurrency: usize,
-        size: usize,
-    ) -> Result<crate::load::Figures, Failure> {
-        let length = Duration::try_from_secs_f64(rounds.seconds)?;
-        let point = Point {
-            concurrency,
-            size,
-            warm_up: length / 3,
-            length,
-            watched: self.watched.clone(),
-        };
-        self.client.measure(&point).await
-    }
-
-    async fn stop(self) {
-        self.client.stop().await;
-        if let Some(server) = self.server {
-            server.stop().await;
-        }
-    }
-}
-
-/// A number that no other name of this run has.
-fn unique() -> u64 {
-    static NEXT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
-    NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed) | u64::from(std::process::id()) << 16
+fn role(rounds: &Rounds, contender: Contender, brokers: &Brokers) -> Role {
+    let url = brokers.url(contender.needs());
+    let service = unique_service(contender);
+    Role::plain(contender, url, service, rounds.workers, rounds.prefetch)
 }

@@ -125,6 +125,14 @@ pub(crate) struct Place {
     pub(crate) service: String,
     /// How many requests the server works on at once.
     pub(crate) prefetch: u16,
+    /// How many servers; this and what follows is for ours alone.
+    pub(crate) servers: usize,
+    /// How many services each of them has.
+    pub(crate) services: usize,
+    /// How many clients there are, of which one calls.
+    pub(crate) clients: usize,
+    /// How many of its calls wait for a server that is not there.
+    pub(crate) pending: usize,
 }
 
 /// What a server does until its process ends.

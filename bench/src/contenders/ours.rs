@@ -1,6 +1,9 @@
 //! Ours: the public client and server, with everything that they promise.
 
-use antiphon::{Client, Connection, RunningServer, Server, ServiceName};
+use std::sync::Arc;
+use std::time::Duration;
+
+use antiphon::{Client, Connection, Fault, RunningServer, Server, ServiceName};
 use bytes::Bytes;
 
 use super::{Place, Serving};
@@ -20,6 +23,8 @@ pub(crate) enum Body {
 #[derive(Clone)]
 pub(super) struct Ours {
     client: Client,
+    /// They only have their inboxes.
+    _others: Arc<[Client]>,
     service: ServiceName,
     body: Body,
 }
@@ -43,22 +48,51 @@ impl Caller for Ours {
 }
 
 /// Connects to whatever the URL names.
-pub(crate) async fn connect(url: &str) -> Result<Connection, Failure> {
+async fn connect(url: &str) -> Result<Connection, Failure> {
     Ok(antiphon::connect(url).await?)
 }
 
 pub(super) async fn client(place: &Place, body: Body) -> Result<Ours, Failure> {
     let connection = connect(&place.url).await?;
+    let client = connection.client().await?;
+    let mut others = Vec::new();
+    for _ in 1..place.clients {
+        others.push(connection.client().await?);
+    }
+    wait_in_vain(&client, place).await?;
     Ok(Ours {
-        client: connection.client().await?,
+        client,
+        _others: others.into(),
         service: ServiceName::new(&place.service)?,
         body,
     })
 }
 
+/// Starts the calls that wait for a server that is not there.
+async fn wait_in_vain(client: &Client, place: &Place) -> Result<(), Failure> {
+    if place.pending == 0 {
+        return Ok(());
+    }
+    let nobody = ServiceName::new(&format!("{}-nobody", place.service))?;
+    let hour = Duration::from_secs(3600);
+    for _ in 0..place.pending {
+        let call = client.call_raw(nobody.clone(), Bytes::from_static(b"x"));
+        tokio::spawn(async move {
+            // It ends with the process.
+            let _ = call.timeout(hour).await;
+        });
+    }
+    // They were sent in this order, and one that is answered by the broker comes after all of them.
+    client.notify_raw(nobody, Bytes::new()).await?;
+    Ok(())
+}
+
 pub(super) async fn serve(place: &Place, body: Body) -> Result<Serving, Failure> {
-    let connection = connect(&place.url).await?;
-    let running = start(connection.server(), place, body).await?;
+    let mut running = Vec::new();
+    for _ in 0..place.servers {
+        let connection = connect(&place.url).await?;
+        running.push(start(connection.server(), place, body).await?);
+    }
     Ok(Box::pin(async move {
         let _running = running;
         std::future::pending().await
@@ -77,11 +111,21 @@ pub(super) async fn in_memory(place: &Place, body: Body) -> Result<Ours, Failure
 }
 
 async fn start(server: Server, place: &Place, body: Body) -> Result<RunningServer, Failure> {
-    let server = server.prefetch(place.prefetch.into());
-    let service = place.service.as_str();
-    let server = match body {
-        Body::Bytes => server.handle_raw(service, |body: Bytes| async move { Ok(body) }),
-        Body::Json => server.handle(service, |text: String| async move { Ok(text) }),
-    };
+    let mut server = server.prefetch(place.prefetch.into());
+    for number in 0..place.services {
+        let service = match number {
+            0 => place.service.clone(),
+            _ => format!("{}-{number}", place.service),
+        };
+        server = match body {
+            Body::Bytes => {
+                server.handle_raw(&*service, |body: Bytes| async move { Ok::<_, Fault>(body) })
+            }
+            Body::Json => server.handle(
+                &*service,
+                |text: String| async move { Ok::<_, Fault>(text) },
+            ),
+        };
+    }
     Ok(server.start().await?)
 }

@@ -16,6 +16,7 @@ use crate::load::Figures;
 use crate::machine::Machine;
 
 pub(crate) use summary::{Row, median};
+pub(crate) use table::aligned;
 
 /// One contender at one point in one round.
 #[derive(Clone, Debug, Serialize)]

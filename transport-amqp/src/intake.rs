@@ -17,13 +17,13 @@ use tokio_util::sync::CancellationToken;
 
 use crate::acker::Acker;
 use crate::config::AmqpConfig;
-use crate::error::{Failure, closed};
+use crate::error::{Failure, NOT_FOUND, closed};
 use crate::link::{Link, Session, backoff, bounded};
 use crate::naming::QueueNames;
 use crate::topology::{self, Lingering};
 
 /// How long a subscription waits for its retry queue before it serves without.
-const RETRY_PATIENCE: Duration = Duration::from_secs(1);
+const RETRY_PATIENCE: Duration = Duration::from_millis(400);
 
 /// What a subscription is.
 #[derive(Clone, Debug)]
@@ -123,7 +123,7 @@ impl Intake {
     async fn consume(session: &Arc<Session>, plan: &Plan) -> Result<Self, Failure> {
         let prefetch = u16::try_from(plan.prefetch).unwrap_or(u16::MAX);
         let main = Lane::open(session, &plan.names.main, prefetch).await?;
-        let mut attaching = attach(Arc::clone(session), plan.names.retry.clone()).boxed();
+        let mut attaching = attach(Arc::clone(session), plan.clone()).boxed();
         let retry = timeout(RETRY_PATIENCE, &mut attaching).await.ok();
         if retry.is_none() {
             tracing::warn!(queue = %plan.names.retry, "no answer; serving without it for now");
@@ -263,13 +263,20 @@ impl Lane {
 }
 
 /// Tries until the broker gives us the retry queue. If the connection is lost meanwhile, the main queue's consumer tells.
-async fn attach(session: Arc<Session>, queue: ShortString) -> Lane {
+async fn attach(session: Arc<Session>, plan: Plan) -> Lane {
+    let queue = &plan.names.retry;
     let mut attempt = 0;
     loop {
-        match Lane::open(&session, &queue, 1).await {
+        let failure = match Lane::open(&session, queue, 1).await {
             Ok(lane) => return lane,
-            Err(failure) => tracing::warn!(%failure, %queue, "not yet consumed"),
-        }
+            // Removed since it was seen.
+            Err(failure) if failure.is(NOT_FOUND) => {
+                let ensured = topology::ensure(&session, &plan.config, &plan.names, queue).await;
+                ensured.err().unwrap_or(failure)
+            }
+            Err(failure) => failure,
+        };
+        tracing::warn!(%failure, %queue, "not yet consumed");
         sleep(backoff(attempt)).await;
         attempt = attempt.saturating_add(1);
     }

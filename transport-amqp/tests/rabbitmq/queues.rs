@@ -293,3 +293,29 @@ pub(crate) async fn a_busy_server_gives_back_what_it_cannot_start(bench: Bench) 
     }
     again.reply(None).await.unwrap();
 }
+
+/// It loses its consumers with its queue, but not its service.
+pub(crate) async fn an_owner_whose_queue_is_deleted_stays_the_owner(bench: Bench) {
+    let service = fresh("owned");
+    let name = antiphon_core::ServiceName::new(&service).unwrap();
+    let server = Server::new(bench.connect().await)
+        .exclusive()
+        .handle_raw(service.as_str(), echo);
+    let mut running = server.start().await.unwrap();
+    let (client, other) = (bench.client().await, bench.connect().await);
+    let plain = bench.plain().await;
+    for queue in [service.clone(), format!("{service}.retry")] {
+        plain
+            .channel
+            .queue_delete(queue.as_str().into(), QueueDeleteOptions::default())
+            .await
+            .unwrap();
+        client.call_raw(service.as_str(), "").await.unwrap();
+        let options = antiphon_core::transport::SubscribeOptions::exclusive(1);
+        let second = antiphon_core::Transport::subscribe(&*other, &name, options).await;
+        let refused = second.unwrap_err().kind();
+        assert_eq!(refused, ErrorKind::AlreadyOwned, "{queue}");
+    }
+    let over = tokio::time::timeout(Duration::from_millis(500), running.over());
+    assert!(over.await.is_err(), "it is still the owner");
+}

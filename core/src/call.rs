@@ -277,6 +277,8 @@ struct Exchange<'a> {
     deadline: Instant,
 }
 
+type Sending<'a> = Pin<Box<dyn Future<Output = Result<(), Error>> + Send + 'a>>;
+
 /// How one try to get a reply ended.
 enum Try {
     Ended(Ended),
@@ -297,8 +299,8 @@ impl Exchange<'_> {
             // Entered before it is sent: a reply may be there before `send` resolves.
             let (mut slot, address) = self.client.pending().enter(id, self.deadline)?;
             let ticket = WithdrawOnDrop(Ticket::new());
-            let request = self.request(Some(address), remaining);
-            let tried = self.attempt(request, &ticket.0, &mut slot).await;
+            let sending = self.send(Some(address), remaining, &ticket.0);
+            let tried = attempt(sending, &mut slot).await;
             return match tried {
                 Try::Ended(Ended::Reply(reply)) => match reply.outcome {
                     Outcome::Value => Ok(reply),
@@ -321,35 +323,11 @@ impl Exchange<'_> {
         }
     }
 
-    async fn attempt(&self, request: Request, ticket: &Ticket, slot: &mut Slot) -> Try {
-        let mut sending = Some(self.client.transport().send(self.outbound(request, ticket)));
-        poll_fn(|cx| {
-            // A reply proves that the request was accepted: nothing more is waited for. And what has timed out is not sent.
-            if let Poll::Ready(ended) = slot.poll_ended(cx) {
-                return Poll::Ready(Try::Ended(ended));
-            }
-            if let Some(send) = &mut sending
-                && let Poll::Ready(sent) = send.as_mut().poll(cx)
-            {
-                sending = None;
-                if let Err(error) = sent {
-                    return Poll::Ready(Try::SendFailed(error));
-                }
-            }
-            Poll::Pending
-        })
-        .await
-    }
-
     async fn notify(&self) -> Result<(), Error> {
         self.client.pending().check_open()?;
         let ticket = WithdrawOnDrop(Ticket::new());
-        let request = self.request(None, self.remaining(self.ready)?);
-        let send = self
-            .client
-            .transport()
-            .send(self.outbound(request, &ticket.0));
-        match timeout_at(self.deadline, send).await {
+        let sending = self.send(None, self.remaining(self.ready)?, &ticket.0);
+        match timeout_at(self.deadline, sending).await {
             Ok(sent) => sent.map_err(|error| self.send_failed(error, &ticket)),
             Err(_) => Err(deadline_exceeded(self.started, ticket.executed())),
         }
@@ -371,17 +349,14 @@ impl Exchange<'_> {
         }
     }
 
-    fn outbound(&self, request: Request, ticket: &Ticket) -> Outbound {
-        Outbound::Request {
-            service: self.service.clone(),
-            request,
-            expect_responder: self.options.expect_responder,
-            ticket: ticket.clone(),
-        }
-    }
-
-    fn request(&self, reply_to: Option<ReplyAddress>, remaining: Duration) -> Request {
-        Request {
+    /// Not async, so that the request has no place in the future of the call.
+    fn send(
+        &self,
+        reply_to: Option<ReplyAddress>,
+        remaining: Duration,
+        ticket: &Ticket,
+    ) -> Sending<'_> {
+        let request = Request {
             id: self.id.clone(),
             reply_to,
             deadline: Some(Deadline::after(remaining)),
@@ -389,8 +364,34 @@ impl Exchange<'_> {
             headers: self.options.headers.clone(),
             content_type: self.options.content_type.clone(),
             body: self.body.clone(),
-        }
+        };
+        self.client.transport().send(Outbound::Request {
+            service: self.service.clone(),
+            request,
+            expect_responder: self.options.expect_responder,
+            ticket: ticket.clone(),
+        })
     }
+}
+
+async fn attempt(sending: Sending<'_>, slot: &mut Slot) -> Try {
+    let mut sending = Some(sending);
+    poll_fn(|cx| {
+        // A reply proves that the request was accepted: nothing more is waited for. And what has timed out is not sent.
+        if let Poll::Ready(ended) = slot.poll_ended(cx) {
+            return Poll::Ready(Try::Ended(ended));
+        }
+        if let Some(send) = &mut sending
+            && let Poll::Ready(sent) = send.as_mut().poll(cx)
+        {
+            sending = None;
+            if let Err(error) = sent {
+                return Poll::Ready(Try::SendFailed(error));
+            }
+        }
+        Poll::Pending
+    })
+    .await
 }
 
 /// Withdraws a request that was not sent when its call ends, however it ends.

@@ -49,11 +49,14 @@ impl Claimed {
             Value::BulkString(frame) => Some(Bytes::from(frame)),
             _ => None,
         };
+        let Some(Value::Array(frames)) = parts.next() else {
+            return None;
+        };
         Some(Self {
             fresh_left: fresh > 0,
             returned_left: u32::try_from(returned).ok()?,
             attempt: u32::try_from(attempt).ok()?,
-            frames: parts.map(frame).collect::<Option<_>>()?,
+            frames: frames.into_iter().map(frame).collect::<Option<_>>()?,
         })
     }
 }
@@ -74,6 +77,8 @@ pub(crate) async fn deliveries(
 ) -> Vec<Taken> {
     let mut decoded = Vec::with_capacity(work.len());
     let mut any_apart = false;
+    let mut last = None;
+    let started = Instant::now();
     for (token, frame) in work {
         let hold = Hold {
             shared: Arc::clone(shared),
@@ -84,10 +89,10 @@ pub(crate) async fn deliveries(
             keep: QUEUE_TTL,
             received: false,
         };
-        match frame::decode_request(&frame) {
+        match frame::decode_request(frame) {
             Ok(frame) => {
                 any_apart |= frame.apart.is_some();
-                decoded.extend(take(hold, frame, now));
+                decoded.extend(take(hold, frame, now, started, &mut last));
             }
             Err(bad) => bury(hold, &bad),
         }
@@ -98,7 +103,14 @@ pub(crate) async fn deliveries(
     decoded.into_iter().map(|decoded| decoded.taken).collect()
 }
 
-fn take(mut hold: Hold, frame: RequestFrame, now: u64) -> Option<Decoded> {
+/// Decoded at `started` by our clock, which is `now` by that of Redis. Most of a batch comes from the `last` client.
+fn take(
+    mut hold: Hold,
+    frame: RequestFrame,
+    now: u64,
+    started: Instant,
+    last: &mut Option<InboxKeys>,
+) -> Option<Decoded> {
     let RequestFrame {
         mut request,
         expiry,
@@ -106,7 +118,10 @@ fn take(mut hold: Hold, frame: RequestFrame, now: u64) -> Option<Decoded> {
     } = frame;
     if let Some(address) = &request.reply_to {
         // Before anything is done with it: an address is the name of a key.
-        hold.reply_to = InboxKeys::parse(address);
+        if last.as_ref().is_none_or(|last| last.address() != address) {
+            *last = InboxKeys::parse(address);
+        }
+        hold.reply_to = last.clone();
         if hold.reply_to.is_none() {
             let reason = "the reply address is not one of this transport".to_owned();
             bury(
@@ -138,7 +153,6 @@ fn take(mut hold: Hold, frame: RequestFrame, now: u64) -> Option<Decoded> {
     }
     let apart = apart.map(|id| hold.session.keys.body(&id));
     hold.body = apart.clone();
-    let started = Instant::now();
     let expires = left.map(|left| started.checked_add(left).unwrap_or(started + QUEUE_TTL));
     let (attempt, lease) = (hold.token.attempt, hold.session.lease.clone());
     let settlement = RedisSettlement::new(hold);

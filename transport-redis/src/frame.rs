@@ -13,11 +13,12 @@ use antiphon_core::{
     ContentType, CorrelationId, Deadline, Error, Executed, Fault, Headers, Method, Outcome, Reply,
     ReplyAddress, Request,
 };
-use bytes::Bytes;
+use bytes::{Buf, Bytes};
 use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
 use crate::naming;
+use crate::scan::{self, Flat};
 
 const VERSION: u32 = 1;
 
@@ -100,9 +101,12 @@ pub(crate) fn encode_reply(reply: &Reply, apart: Option<&str>, out: &mut Vec<u8>
 }
 
 /// Reads a request.
-pub(crate) fn decode_request(frame: &Bytes) -> Result<RequestFrame, BadFrame> {
-    let (line, body) = split(frame);
-    let head: RequestHead<'_> = serde_json::from_slice(line).map_err(|error| bad(line, &error))?;
+pub(crate) fn decode_request(frame: Bytes) -> Result<RequestFrame, BadFrame> {
+    let line = line(&frame);
+    let head = match scan::scan(line).and_then(RequestHead::of) {
+        Some(head) => head,
+        None => serde_json::from_slice(line).map_err(|error| bad(line, &error))?,
+    };
     let convert = || -> Result<RequestFrame, Error> {
         check_version(head.v)?;
         let expiry = Expiry {
@@ -117,19 +121,25 @@ pub(crate) fn decode_request(frame: &Bytes) -> Result<RequestFrame, BadFrame> {
                 method: head.m.as_deref().map(Method::new).transpose()?,
                 headers: headers(&head.h)?,
                 content_type: head.ct.as_deref().map(ContentType::new).transpose()?,
-                body,
+                body: Bytes::new(),
             },
             expiry,
             apart: apart(head.at.as_deref())?,
         })
     };
-    convert().map_err(|error| bad(line, &error.message()))
+    let mut decoded = convert().map_err(|error| bad(line, &error.message()))?;
+    let head = line.len();
+    decoded.request.body = behind(frame, head);
+    Ok(decoded)
 }
 
 /// Reads a reply.
-pub(crate) fn decode_reply(frame: &Bytes) -> Result<ReplyFrame, BadFrame> {
-    let (line, body) = split(frame);
-    let head: ReplyHead<'_> = serde_json::from_slice(line).map_err(|error| bad(line, &error))?;
+pub(crate) fn decode_reply(frame: Bytes) -> Result<ReplyFrame, BadFrame> {
+    let line = line(&frame);
+    let head = match scan::scan(line).and_then(ReplyHead::of) {
+        Some(head) => head,
+        None => serde_json::from_slice(line).map_err(|error| bad(line, &error))?,
+    };
     let convert = || -> Result<ReplyFrame, Error> {
         check_version(head.v)?;
         let executed = head.ran.as_deref().map_or(Executed::Maybe, Executed::parse);
@@ -142,12 +152,15 @@ pub(crate) fn decode_reply(frame: &Bytes) -> Result<ReplyFrame, BadFrame> {
                     .map_or(Outcome::Value, |fault| Outcome::Fault { fault, executed }),
                 headers: headers(&head.h)?,
                 content_type: head.ct.as_deref().map(ContentType::new).transpose()?,
-                body,
+                body: Bytes::new(),
             },
             apart: apart(head.at.as_deref())?,
         })
     };
-    convert().map_err(|error| bad(line, &error.message()))
+    let mut decoded = convert().map_err(|error| bad(line, &error.message()))?;
+    let head = line.len();
+    decoded.reply.body = behind(frame, head);
+    Ok(decoded)
 }
 
 /// The head of a dead letter; a newline and the frame as it was follow.
@@ -173,11 +186,15 @@ fn deadline(expiry: Expiry) -> Option<Deadline> {
     })
 }
 
-fn split(frame: &Bytes) -> (&[u8], Bytes) {
-    match frame.iter().position(|&byte| byte == b'\n') {
-        Some(end) => (&frame[..end], frame.slice(end + 1..)),
-        None => (frame, Bytes::new()),
-    }
+fn line(frame: &Bytes) -> &[u8] {
+    let end = frame.iter().position(|&byte| byte == b'\n');
+    &frame[..end.unwrap_or(frame.len())]
+}
+
+/// What is behind a line and its newline. Cut in place: a slice of its own would cost an allocation.
+fn behind(mut frame: Bytes, line: usize) -> Bytes {
+    frame.advance((line + 1).min(frame.len()));
+    frame
 }
 
 fn check_version(version: u32) -> Result<(), Error> {
@@ -244,6 +261,22 @@ struct RequestHead<'a> {
     at: Option<Cow<'a, str>>,
 }
 
+impl<'a> RequestHead<'a> {
+    fn of(flat: Flat<'a>) -> Option<Self> {
+        Some(Self {
+            v: flat.version.map_or(Some(VERSION), |v| v.try_into().ok())?,
+            id: flat.id?.into(),
+            to: flat.to.map(Cow::from),
+            exp: flat.exp,
+            ttl: flat.ttl,
+            m: flat.method.map(Cow::from),
+            ct: flat.content_type.map(Cow::from),
+            h: Pairs::default(),
+            at: flat.apart.map(Cow::from),
+        })
+    }
+}
+
 #[derive(Deserialize)]
 struct ReplyHead<'a> {
     #[serde(default = "version")]
@@ -260,6 +293,20 @@ struct ReplyHead<'a> {
     h: Pairs<'a>,
     #[serde(borrow, default)]
     at: Option<Cow<'a, str>>,
+}
+
+impl<'a> ReplyHead<'a> {
+    fn of(flat: Flat<'a>) -> Option<Self> {
+        Some(Self {
+            v: flat.version.map_or(Some(VERSION), |v| v.try_into().ok())?,
+            id: flat.id?.into(),
+            err: None,
+            ran: None,
+            ct: flat.content_type.map(Cow::from),
+            h: Pairs::default(),
+            at: flat.apart.map(Cow::from),
+        })
+    }
 }
 
 fn version() -> u32 {
@@ -428,7 +475,7 @@ mod tests {
             encode_request(&request(b"\x00\xff\n30"), expiry, None),
             golden
         );
-        let frame = decode_request(&Bytes::from_static(golden)).unwrap();
+        let frame = decode_request(Bytes::from_static(golden)).unwrap();
         assert_eq!(frame.request.id.to_string(), ID);
         assert_eq!(frame.request.reply_to.unwrap().as_str(), "{c1}:i");
         assert_eq!(&frame.request.body[..], b"\x00\xff\n30");
@@ -456,7 +503,7 @@ mod tests {
             Some("0123456789abcdef0123456789abcdef"),
         );
         assert_eq!(String::from_utf8(encoded.clone()).unwrap(), golden);
-        let frame = decode_request(&Bytes::from(encoded)).unwrap();
+        let frame = decode_request(Bytes::from(encoded)).unwrap();
         assert_eq!(frame.request.id, full.id);
         assert_eq!(frame.request.headers, full.headers);
         assert_eq!(frame.request.method, full.method);
@@ -474,7 +521,7 @@ mod tests {
         let value = Reply::value(id.clone(), &b"832040"[..]);
         let golden: &[u8] = b"{\"v\":1,\"id\":\"f47ac10b-58cc-4372-a567-0e02b2c3d479\"}\n832040";
         assert_eq!(encode_reply(&value, None), golden);
-        let back = decode_reply(&Bytes::from_static(golden)).unwrap();
+        let back = decode_reply(Bytes::from_static(golden)).unwrap();
         assert_eq!(
             (back.reply.outcome, &back.reply.body[..]),
             (Outcome::Value, &b"832040"[..])
@@ -489,7 +536,7 @@ mod tests {
             \"err\":{\"code\":\"out_of_range\",\"message\":\"n > \\\"93\\\"\"},\"ran\":\"yes\"}\n";
         assert_eq!(encode_reply(&fault, None), golden);
         assert_eq!(
-            decode_reply(&Bytes::from_static(golden))
+            decode_reply(Bytes::from_static(golden))
                 .unwrap()
                 .reply
                 .outcome,
@@ -499,7 +546,7 @@ mod tests {
 
     #[test]
     fn a_foreign_producer_needs_only_an_id() {
-        let frame = decode_request(&Bytes::from_static(
+        let frame = decode_request(Bytes::from_static(
             b"{\"id\": \"7\", \"to\": \"{me}:i\", \"later\": [1]}\n30",
         ))
         .unwrap();
@@ -509,13 +556,13 @@ mod tests {
         );
         assert_eq!(&frame.request.body[..], b"30");
         assert!(
-            decode_request(&Bytes::from_static(b"{\"id\":\"7\"}"))
+            decode_request(Bytes::from_static(b"{\"id\":\"7\"}"))
                 .unwrap()
                 .request
                 .body
                 .is_empty()
         );
-        let budget = decode_request(&Bytes::from_static(b"{\"id\":\"7\",\"ttl\":1500}\n")).unwrap();
+        let budget = decode_request(Bytes::from_static(b"{\"id\":\"7\",\"ttl\":1500}\n")).unwrap();
         assert_eq!(
             budget.request.deadline.unwrap().budget,
             Duration::from_millis(1500)
@@ -525,7 +572,7 @@ mod tests {
     #[test]
     fn of_a_bad_frame_the_id_and_the_address_are_told_if_they_are_valid() {
         let bad =
-            |text: &'static str| decode_request(&Bytes::from_static(text.as_bytes())).unwrap_err();
+            |text: &'static str| decode_request(Bytes::from_static(text.as_bytes())).unwrap_err();
         let newer = bad("{\"v\":2,\"id\":\"7\",\"to\":\"{me}:i\"}\n");
         assert_eq!(newer.id.unwrap().to_string(), "7");
         assert_eq!(newer.reply_to.unwrap().as_str(), "{me}:i");
@@ -548,7 +595,7 @@ mod tests {
         );
         assert!(bad("{\"id\":\"7\",\"h\":{\"x-a\":\"1\"}}\n").id.is_some());
         assert!(
-            decode_reply(&Bytes::from_static(b"{\"id\":\"7\",\"err\":1}\n"))
+            decode_reply(Bytes::from_static(b"{\"id\":\"7\",\"err\":1}\n"))
                 .unwrap_err()
                 .id
                 .is_some()

@@ -291,7 +291,7 @@ impl Reader {
                 continue;
             };
             self.bytes += bytes.len();
-            incoming.push(match frame::decode_reply(&Bytes::from(bytes)) {
+            incoming.push(match frame::decode_reply(Bytes::from(bytes)) {
                 Ok(frame) => {
                     if let Some(id) = frame.apart {
                         apart.push((incoming.len(), self.keys.body(&id)));

@@ -17,6 +17,7 @@ mod monitor;
 mod naming;
 mod pace;
 mod registration;
+mod scan;
 mod scripts;
 mod send_batch;
 mod sender;

@@ -112,6 +112,17 @@ pub(crate) struct Taken {
 }
 
 impl Taken {
+    /// Receives those whose lease stands: what another server may have by now must not be started here.
+    fn receive_all(taken: VecDeque<Self>) -> Vec<Delivery> {
+        let mut deliveries = Vec::with_capacity(taken.len());
+        for taken in taken {
+            if !taken.lease.is_cancelled() {
+                deliveries.push(taken.receive());
+            }
+        }
+        deliveries
+    }
+
     fn receive(mut self) -> Delivery {
         self.settlement.receive();
         Delivery::new(
@@ -127,7 +138,13 @@ impl Taken {
 impl Buffer {
     /// Hands over what was taken.
     pub(crate) fn add(&self, taken: Vec<Taken>) {
-        self.lock().taken.extend(taken);
+        let mut state = self.lock();
+        if state.taken.is_empty() {
+            state.taken = taken.into();
+        } else {
+            state.taken.extend(taken);
+        }
+        drop(state);
         self.arrived.notify_one();
     }
 
@@ -156,20 +173,11 @@ impl Buffer {
                 if let Some(end) = &state.end {
                     return SubscriptionEvent::Closed(end.clone());
                 }
-                if !state.taken.is_empty() {
-                    let taken = mem::take(&mut state.taken);
-                    drop(state);
-                    // What another server may have by now must not be started here.
-                    let (held, lost): (Vec<Taken>, Vec<Taken>) = taken
-                        .into_iter()
-                        .partition(|taken| !taken.lease.is_cancelled());
-                    drop(lost);
-                    if !held.is_empty() {
-                        return SubscriptionEvent::Deliveries(
-                            held.into_iter().map(Taken::receive).collect(),
-                        );
-                    }
-                    continue;
+                let taken = mem::take(&mut state.taken);
+                drop(state);
+                let deliveries = Taken::receive_all(taken);
+                if !deliveries.is_empty() {
+                    return SubscriptionEvent::Deliveries(deliveries);
                 }
             }
             self.arrived.notified().await;

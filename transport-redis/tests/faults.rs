@@ -431,7 +431,8 @@ async fn the_work_of_a_dead_server_comes_back_after_its_lease() {
         .invoke_async(&mut plain)
         .await
         .unwrap();
-    assert_eq!(taken.len(), 3 + 2);
+    let frames = taken.last().and_then(redis::Value::as_sequence);
+    assert_eq!(frames.map(<[_]>::len), Some(2));
     let died = Instant::now();
     let mut subscription = server
         .subscribe(&service, SubscribeOptions::shared(8))

@@ -118,7 +118,10 @@ impl Model {
                     panic!("{answer:?}")
                 };
                 let session = &mut self.sessions[at];
-                for _ in 3..answer.len() {
+                let Value::Array(frames) = &answer[3] else {
+                    panic!("{answer:?}")
+                };
+                for _ in frames {
                     let number = session.next;
                     session.next += 1;
                     session.tokens.push(if attempt > 0 {

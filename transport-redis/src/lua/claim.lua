@@ -3,7 +3,7 @@
 -- connection moves nothing.
 -- KEYS live, queue, returned, held, bell
 -- ARGV session, most, first token, returned work (0 none, 1 first, 2 after fresh work), ttl of held and of the bell
--- Gives -1 if refused, else {more is left, attempt of the returned work that is next or 0, attempt or 0, frame...}
+-- Gives -1 if refused, else {more is left, attempt of the returned work that is next or 0, attempt or 0, {frame...}}
 local function ring()
   if redis.call('ZADD', KEYS[5], 0, '1') == 1 then redis.call('PEXPIRE', KEYS[5], ARGV[5]) end
 end
@@ -15,9 +15,7 @@ local function finish(attempt, frames, fresh_gone)
   local fresh = fresh_gone and 0 or redis.call('EXISTS', KEYS[2])
   local returned = not returned_gone and tonumber(redis.call('LINDEX', KEYS[3], 0) or 0) or 0
   if fresh + returned > 0 then ring() end
-  local answer = {fresh, returned, attempt}
-  for index = 1, #frames do answer[index + 3] = frames[index] end
-  return answer
+  return {fresh, returned, attempt, frames}
 end
 
 local function take_returned()

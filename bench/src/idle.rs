@@ -10,6 +10,7 @@ use crate::args::{Idle, Role};
 use crate::brokers::Brokers;
 use crate::contenders::Contender;
 use crate::cpu;
+use crate::load::Arrivals;
 use crate::pair::{Pair, unique_service};
 use crate::report;
 
@@ -51,7 +52,7 @@ async fn watch(idle: &Idle, contender: Contender) -> Result<Watch, Failure> {
     };
     let mut pair = Pair::start(role, &brokers).await?;
     // What was never used might be idle in another way.
-    pair.measure(1, 64, 0.2, None).await?;
+    pair.measure(1, 64, 0.2, Arrivals::Closed).await?;
     tokio::time::sleep(SETTLE).await;
 
     let (client, server) = pair.processes();

@@ -27,9 +27,19 @@ pub(crate) struct Point {
     pub(crate) size: usize,
     pub(crate) warm_up: Duration,
     pub(crate) length: Duration,
-    /// Calls a second of an open loop; none for the closed one.
-    pub(crate) rate: Option<f64>,
+    pub(crate) arrivals: Arrivals,
     pub(crate) watched: Watched,
+}
+
+/// When calls begin.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(crate) enum Arrivals {
+    /// When the caller's last one has ended.
+    Closed,
+    /// When any has ended, each as a task: the most that an open loop can do.
+    Saturated,
+    /// When they are due, so many a second.
+    Open(f64),
 }
 
 /// What was measured.

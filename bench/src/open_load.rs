@@ -58,6 +58,43 @@ pub(crate) async fn measure(
     load::figures(&latencies, spent, lasted)
 }
 
+/// Begins a call whenever one ends, with as many under way as the point says.
+///
+/// # Errors
+/// The first error of a call.
+pub(crate) async fn saturate(caller: impl Caller, point: &Point) -> Result<Figures, Failure> {
+    let body = Bytes::from(vec![b'x'; point.size]);
+    let latencies = Arc::new(Mutex::new(load::histogram()));
+    let mut calls = JoinSet::new();
+    let start = |calls: &mut JoinSet<_>, latencies: Option<Arc<_>>| {
+        calls.spawn(call(
+            caller.clone(),
+            body.clone(),
+            Instant::now(),
+            latencies,
+        ));
+    };
+    for _ in 0..point.concurrency {
+        start(&mut calls, None);
+    }
+    let begin = Instant::now() + point.warm_up;
+    while Instant::now() < begin {
+        calls.join_next().await.ok_or("no call")???;
+        start(&mut calls, None);
+    }
+    let (before, machine) = (point.watched.used(), cpu::of_machine());
+    let begin = Instant::now();
+    while begin.elapsed() < point.length {
+        calls.join_next().await.ok_or("no call")???;
+        start(&mut calls, Some(Arc::clone(&latencies)));
+    }
+    let lasted = begin.elapsed();
+    let busy = cpu::of_machine().saturating_sub(machine);
+    let spent = Spent::between(before, point.watched.used(), busy);
+    let latencies = latencies.lock().unwrap_or_else(PoisonError::into_inner);
+    load::figures(&latencies, spent, lasted)
+}
+
 async fn call(
     caller: impl Caller,
     body: Bytes,

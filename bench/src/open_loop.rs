@@ -6,7 +6,7 @@ use crate::Failure;
 use crate::args::{OpenLoop, Role};
 use crate::brokers::Brokers;
 use crate::contenders::{Contender, Group};
-use crate::load::Figures;
+use crate::load::{Arrivals, Figures};
 use crate::pair::{Pair, unique_service};
 use crate::report::{self, median};
 
@@ -19,7 +19,7 @@ struct Sample {
     round: usize,
     contender: Contender,
     load: f64,
-    /// Calls a second with 256 at once, just before.
+    /// The most calls a second of the same loop, with 256 under way, just before.
     peak: f64,
     figures: Figures,
 }
@@ -65,10 +65,10 @@ async fn measure(
     let mut pair = Pair::start(role, brokers).await?;
     for &load in &open.load {
         let peak = pair
-            .measure(PEAK, open.size, open.seconds / 2.0, None)
+            .measure(PEAK, open.size, open.seconds / 2.0, Arrivals::Saturated)
             .await?;
         let peak = peak.calls_per_second;
-        let rate = Some(peak * load);
+        let rate = Arrivals::Open(peak * load);
         let figures = pair.measure(PEAK, open.size, open.seconds, rate).await?;
         samples.push(Sample {
             round,

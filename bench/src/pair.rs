@@ -8,7 +8,7 @@ use crate::args::Role;
 use crate::brokers::Brokers;
 use crate::contenders::{Contender, Group};
 use crate::cpu::Watched;
-use crate::load::{Figures, Point};
+use crate::load::{Arrivals, Figures, Point};
 use crate::process::Half;
 
 /// A client, and the server that it calls; in memory both are one process.
@@ -52,13 +52,13 @@ impl Pair {
         &self.watched
     }
 
-    /// Measures a point; with a rate, in calls a second, as an open loop.
+    /// Measures a point.
     pub(crate) async fn measure(
         &mut self,
         concurrency: usize,
         size: usize,
         seconds: f64,
-        rate: Option<f64>,
+        arrivals: Arrivals,
     ) -> Result<Figures, Failure> {
         let length = Duration::try_from_secs_f64(seconds)?;
         let point = Point {
@@ -66,7 +66,7 @@ impl Pair {
             size,
             warm_up: length / 3,
             length,
-            rate,
+            arrivals,
             watched: self.watched.clone(),
         };
         self.client.measure(&point).await

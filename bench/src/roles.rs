@@ -6,7 +6,7 @@ use tokio::runtime::{Builder, Runtime};
 use crate::Failure;
 use crate::args::{HotPath, Role};
 use crate::contenders::Measure;
-use crate::load::{self, Caller, Point};
+use crate::load::{self, Arrivals, Caller, Point};
 use crate::open_load;
 
 /// The line that says that a role is live.
@@ -77,9 +77,10 @@ impl Measure for Points {
         while let Some(line) = lines.next_line().await? {
             let point: Point = serde_json::from_str(&line)?;
             let caller = caller.clone();
-            let figures = match point.rate {
-                Some(rate) => open_load::measure(caller, &point, rate).await?,
-                None => load::measure(caller, &point).await?,
+            let figures = match point.arrivals {
+                Arrivals::Closed => load::measure(caller, &point).await?,
+                Arrivals::Saturated => open_load::saturate(caller, &point).await?,
+                Arrivals::Open(rate) => open_load::measure(caller, &point, rate).await?,
             };
             println!("{}", serde_json::to_string(&figures)?);
         }

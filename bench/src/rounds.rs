@@ -4,6 +4,7 @@ use crate::Failure;
 use crate::args::{Role, Rounds};
 use crate::brokers::Brokers;
 use crate::contenders::{Contender, Group};
+use crate::load::Arrivals;
 use crate::machine::Machine;
 use crate::pair::{Pair, unique_service};
 use crate::report::{Report, Sample, Settings};
@@ -51,7 +52,10 @@ async fn run_group(
             let mut lost = Vec::new();
             for pair in &mut pairs {
                 let contender = pair.contender();
-                match pair.measure(concurrency, size, rounds.seconds, None).await {
+                match pair
+                    .measure(concurrency, size, rounds.seconds, Arrivals::Closed)
+                    .await
+                {
                     Ok(figures) => {
                         eprintln!(
                             "{} round {} {contender:<17} {concurrency:>4} x {size:>5} B: {:>9.0} calls/s, p50 {:.0} µs",

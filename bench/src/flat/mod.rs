@@ -8,7 +8,7 @@ use crate::Failure;
 use crate::args::{Flat, Role};
 use crate::brokers::Brokers;
 use crate::contenders::Contender;
-use crate::load::Figures;
+use crate::load::{Arrivals, Figures};
 use crate::pair::{Pair, unique_service};
 use crate::report::{self, median};
 
@@ -87,8 +87,12 @@ async fn compare(flat: &Flat, what: String, mut pairs: [Pair; 2]) -> Result<Grow
     let mut figures = Vec::new();
     for _ in 0..flat.rounds {
         let [plain, grown] = &mut pairs;
-        let plain = plain.measure(CONCURRENCY, SIZE, flat.seconds, None).await?;
-        let grown = grown.measure(CONCURRENCY, SIZE, flat.seconds, None).await?;
+        let plain = plain
+            .measure(CONCURRENCY, SIZE, flat.seconds, Arrivals::Closed)
+            .await?;
+        let grown = grown
+            .measure(CONCURRENCY, SIZE, flat.seconds, Arrivals::Closed)
+            .await?;
         figures.push((plain, grown));
     }
     for pair in pairs {

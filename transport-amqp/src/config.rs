@@ -9,8 +9,9 @@ use lapin::uri::{AMQPScheme, AMQPUri};
 /// What the broker offers, and other clients take.
 const FRAME_MAX: u32 = 128 * 1024;
 
-/// The parameter of the URL that is ours.
+/// The parameters of the URL that are ours.
 const QUEUE_TYPE: &str = "queue_type";
+const DURABLE: &str = "durable";
 
 /// How to reach a RabbitMQ broker. `Debug` shows no password.
 #[derive(Clone)]
@@ -23,6 +24,12 @@ pub struct AmqpConfig {
     pub heartbeat: Duration,
     /// What a service queue is declared as, if there is none. Default: [`QueueType::Quorum`].
     pub queue_type: QueueType,
+    /// Whether service queues that are declared here, and requests that are sent, survive a restart of the broker. Default: true.
+    ///
+    /// Without it a request costs the broker less, and is silently gone if the broker goes down: its caller learns that at its
+    /// deadline. It needs [`QueueType::Classic`]. A queue that is there is used as it is, and dead letters are kept in any case.
+    /// Brokers may be told to refuse such queues (`deprecated_features.permit.transient_nonexcl_queues`).
+    pub durable: bool,
     /// After what time without a consumer the broker removes the queue of one node (`SERVICE@NODE`).
     /// Default: 30 min. At least 1 ms.
     pub node_queue_expires: Duration,
@@ -34,7 +41,7 @@ pub struct AmqpConfig {
     uri: AMQPUri,
 }
 
-/// The kind of a durable queue.
+/// The kind of a service queue.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum QueueType {
@@ -63,25 +70,28 @@ impl QueueType {
 impl AmqpConfig {
     /// Takes `amqp://USER:PASSWORD@HOST:PORT/VHOST`, or `amqps://` with the feature `rustls`. User and password are `guest`,
     /// the port is 5672 (5671) and the virtual host is `/` unless given; a slash in its name is written `%2f`. The parameters
-    /// `heartbeat` (seconds), `frame_max` (bytes) and `queue_type` (`quorum` or `classic`) set the fields of these names:
-    /// `amqp://h/?queue_type=classic`.
+    /// `heartbeat` (seconds), `frame_max` (bytes), `queue_type` (`quorum` or `classic`) and `durable` (`true` or `false`) set the
+    /// fields of these names: `amqp://h/?queue_type=classic&durable=false`.
     ///
     /// # Errors
-    /// `Invalid` if it is no such URL, or a parameter has no such value; `Unsupported` for `amqps://` without the feature.
+    /// `Invalid` if it is no such URL, a parameter has no such value, or quorum queues are not to be durable; `Unsupported` for `amqps://` without the feature.
     pub fn from_url(url: &str) -> Result<Self, Error> {
-        let (url, queue_type) = split_queue_type(url);
-        let queue_type = match queue_type {
-            Some(name) => QueueType::parse(name).ok_or_else(|| {
-                let message = "queue_type is neither quorum nor classic";
-                Error::not_executed(ErrorKind::Invalid, message)
-            })?,
-            None => QueueType::default(),
-        };
+        let (url, own) = split_own(url);
+        let (mut queue_type, mut durable) = (QueueType::default(), true);
+        for (name, value) in own {
+            if name == QUEUE_TYPE {
+                queue_type = QueueType::parse(value)
+                    .ok_or_else(|| invalid("queue_type is neither quorum nor classic"))?;
+            } else {
+                durable = value
+                    .parse()
+                    .map_err(|_| invalid("durable is neither true nor false"))?;
+            }
+        }
         // What is wrong is not repeated: it may hold a password.
-        let mut uri: AMQPUri = url.parse().map_err(|_| {
-            let message = "not a URL like amqp://user:password@host:5672/vhost";
-            Error::not_executed(ErrorKind::Invalid, message)
-        })?;
+        let mut uri: AMQPUri = url
+            .parse()
+            .map_err(|_| invalid("not a URL like amqp://user:password@host:5672/vhost"))?;
         if uri.scheme == AMQPScheme::AMQPS && cfg!(not(feature = "rustls")) {
             let message = "amqps:// needs the feature `rustls`";
             return Err(Error::not_executed(ErrorKind::Unsupported, message));
@@ -91,14 +101,26 @@ impl AmqpConfig {
             uri.vhost = "/".to_owned();
         }
         let heartbeat = uri.query.heartbeat.filter(|&seconds| seconds > 0);
-        Ok(Self {
+        let config = Self {
             connect_timeout: Duration::from_secs(10),
             heartbeat: Duration::from_secs(heartbeat.unwrap_or(10).into()),
             queue_type,
+            durable,
             node_queue_expires: Duration::from_secs(30 * 60),
             frame_max: uri.query.frame_max.unwrap_or(FRAME_MAX),
             uri,
-        })
+        };
+        config.check()?;
+        Ok(config)
+    }
+
+    /// # Errors
+    /// `Invalid` if its fields contradict each other.
+    pub(crate) fn check(&self) -> Result<(), Error> {
+        match self.durable || self.queue_type == QueueType::Classic {
+            true => Ok(()),
+            false => Err(invalid("quorum queues are always durable")),
+        }
     }
 
     /// The address to dial, with all settings in it.
@@ -126,28 +148,33 @@ impl fmt::Debug for AmqpConfig {
             .field("connect_timeout", &self.connect_timeout)
             .field("heartbeat", &self.heartbeat)
             .field("queue_type", &self.queue_type)
+            .field("durable", &self.durable)
             .field("node_queue_expires", &self.node_queue_expires)
             .field("frame_max", &self.frame_max)
             .finish()
     }
 }
 
-/// The URL without the parameter that is ours, and its last value.
-fn split_queue_type(url: &str) -> (String, Option<&str>) {
+/// The URL without the parameters that are ours, and these.
+fn split_own(url: &str) -> (String, Vec<(&str, &str)>) {
     let Some((address, query)) = url.split_once('?') else {
-        return (url.to_owned(), None);
+        return (url.to_owned(), Vec::new());
     };
-    let (mut rest, mut value) = (Vec::new(), None);
+    let (mut rest, mut own) = (Vec::new(), Vec::new());
     for parameter in query.split('&') {
         match parameter.split_once('=') {
-            Some((QUEUE_TYPE, given)) => value = Some(given),
+            Some((name @ (QUEUE_TYPE | DURABLE), value)) => own.push((name, value)),
             _ => rest.push(parameter),
         }
     }
     match rest.is_empty() {
-        true => (address.to_owned(), value),
-        false => (format!("{address}?{}", rest.join("&")), value),
+        true => (address.to_owned(), own),
+        false => (format!("{address}?{}", rest.join("&")), own),
     }
+}
+
+fn invalid(message: &'static str) -> Error {
+    Error::not_executed(ErrorKind::Invalid, message)
 }
 
 #[cfg(test)]
@@ -203,6 +230,24 @@ mod tests {
             assert_eq!((config.queue_type, &*config.uri.vhost), (queue_type, "/"));
         }
         for url in ["amqp://h/?queue_type=stream", "amqp://h/?queue_type="] {
+            let error = AmqpConfig::from_url(url).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Invalid, "{url}");
+        }
+    }
+
+    #[test]
+    fn only_classic_queues_are_transient() {
+        for (url, durable) in [
+            ("amqp://h/?queue_type=classic", true),
+            ("amqp://h/?durable=true", true),
+            ("amqp://h/?queue_type=classic&durable=false", false),
+        ] {
+            assert_eq!(AmqpConfig::from_url(url).unwrap().durable, durable, "{url}");
+        }
+        for url in [
+            "amqp://h/?durable=false",
+            "amqp://h/?queue_type=classic&durable=no",
+        ] {
             let error = AmqpConfig::from_url(url).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Invalid, "{url}");
         }

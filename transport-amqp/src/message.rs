@@ -29,9 +29,15 @@ const FAULT: &str = "fault";
 
 /// Kept on disk where the queue is.
 const PERSISTENT: u8 = 2;
+const TRANSIENT: u8 = 1;
 
 /// The longest expiration that the broker takes, in milliseconds: 49 days.
 const EXPIRATION_MAX: u64 = u32::MAX as u64;
+
+/// The same, but not kept on disk.
+pub(crate) fn transient(properties: BasicProperties) -> BasicProperties {
+    properties.with_delivery_mode(TRANSIENT)
+}
 
 /// The properties of a request that has `remaining` to live.
 pub(crate) fn encode_request(request: &Request, remaining: Option<Duration>) -> BasicProperties {

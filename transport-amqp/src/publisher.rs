@@ -52,6 +52,8 @@ pub(crate) struct OutgoingRequest {
     pub(crate) request: Request,
     /// By this host's clock.
     pub(crate) deadline: Option<Instant>,
+    /// Kept on disk where its queue is.
+    pub(crate) persistent: bool,
     pub(crate) expect_responder: bool,
     pub(crate) ticket: Ticket,
     /// It was sent, and there was no queue for it.
@@ -324,7 +326,10 @@ impl Job {
                 if !outgoing.ticket.commit() {
                     return None;
                 }
-                let properties = message::encode_request(&outgoing.request, remaining);
+                let mut properties = message::encode_request(&outgoing.request, remaining);
+                if !outgoing.persistent {
+                    properties = message::transient(properties);
+                }
                 let message = Message {
                     queue: outgoing.queue.clone(),
                     properties,

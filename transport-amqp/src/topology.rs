@@ -62,9 +62,11 @@ pub(crate) async fn ensure(
         let millis = i64::try_from(millis).unwrap_or(i64::MAX);
         arguments.insert("x-expires".into(), AMQPValue::LongLongInt(millis));
     }
-    let declared = session
-        .declare(queue, QueueDeclareOptions::durable(), arguments)
-        .await;
+    let options = QueueDeclareOptions {
+        durable: config.durable || *queue == names.dead,
+        ..QueueDeclareOptions::default()
+    };
+    let declared = session.declare(queue, options, arguments).await;
     let refusal = match declared {
         Err(failure) if failure.is(PRECONDITION_FAILED) => failure,
         other => return other.map(drop),

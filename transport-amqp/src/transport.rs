@@ -59,9 +59,10 @@ impl AmqpTransport {
     /// **Cancel safety**: dropping the future closes what was opened.
     ///
     /// # Errors
-    /// `Connect` if the broker is not there, refuses the user, or does not answer within
+    /// `Invalid` if the fields of the config contradict each other; `Connect` if the broker is not there, refuses the user, or does not answer within
     /// [`AmqpConfig::connect_timeout`].
     pub async fn connect(config: AmqpConfig) -> Result<Self, Error> {
+        config.check()?;
         let shutdown = Shutdown::default();
         let link = |name| Link::connect(&config, name, shutdown.links.clone());
         let connected = tokio::try_join!(link("publish"), link("consume"));
@@ -150,6 +151,7 @@ impl AmqpTransport {
                 queue: queue.clone(),
                 request,
                 deadline,
+                persistent: self.config.durable,
                 expect_responder,
                 ticket,
                 came_back: false,

@@ -41,6 +41,7 @@ fn main() -> ExitCode {
         peers::large_headers_cost_nobody_the_connection,
         queues::a_service_queue_is_declared_once_and_used_as_it_is,
         queues::an_owner_whose_queue_is_deleted_stays_the_owner,
+        queues::transient_queues_are_declared_so,
         queues::an_inbox_is_removed_with_its_owner,
         queues::names_of_other_queues_are_refused,
         queues::a_deleted_service_queue_comes_back,

@@ -14,7 +14,7 @@ use lapin::types::{AMQPValue, FieldTable};
 use tokio::time::{Instant, sleep};
 
 use crate::Verdict;
-use crate::bench::{Bench, Plain, close, eventually, fresh};
+use crate::bench::{Bench, Plain, close, eventually, fresh, next};
 
 async fn echo(body: Bytes) -> Result<Bytes, Fault> {
     Ok(body)
@@ -78,6 +78,35 @@ pub(crate) async fn a_service_queue_is_declared_once_and_used_as_it_is(bench: Be
         assert!(looks < 5, "the queue of a node that is gone expires");
         sleep(Duration::from_millis(1500)).await;
     }
+}
+
+pub(crate) async fn transient_queues_are_declared_so(bench: Bench) {
+    let service = fresh("transient");
+    let mut config = bench.config();
+    config.durable = false;
+    let refused = AmqpTransport::connect(config.clone()).await.unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Invalid);
+    config.queue_type = QueueType::Classic;
+    let transport = Arc::new(AmqpTransport::connect(config).await.unwrap());
+    let kept = |_: Bytes| async move { Ok::<_, Fault>(Bytes::new()) };
+    let server = Server::new(transport.clone()).handle_raw(service.as_str(), kept);
+    let running = server.start().await.unwrap();
+    let client = antiphon_core::Client::open(transport, Default::default());
+    let client = client.await.unwrap();
+    client.call_raw(service.as_str(), "").await.unwrap();
+    let plain = bench.plain().await;
+    for queue in [service.clone(), format!("{service}.retry")] {
+        let declared = plain.connection.create_channel().await.unwrap();
+        let options = QueueDeclareOptions::default();
+        let same = declared.queue_declare(queue.as_str().into(), options, of_type("classic"));
+        same.await.unwrap();
+    }
+    running.shutdown().await.unwrap();
+    // And so is what is sent to them.
+    let mut consumer = plain.consume(&service, true).await;
+    client.notify_raw(service.as_str(), "").await.unwrap();
+    let request = next(&mut consumer).await;
+    assert_eq!(*request.properties.delivery_mode(), Some(1));
 }
 
 pub(crate) async fn an_inbox_is_removed_with_its_owner(bench: Bench) {

@@ -6,7 +6,6 @@
 
 use std::borrow::Cow;
 use std::fmt::{self, Write as _};
-use std::io::Write as _;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use antiphon_core::{
@@ -362,8 +361,7 @@ impl<'a> Line<'a> {
 
     fn number(&mut self, name: &str, value: u64) {
         self.name(name);
-        // Writing to a vector cannot fail.
-        let _ = write!(self.0, "{value}");
+        write_number(self.0, value);
     }
 
     fn raw(&mut self, name: &str, json: &[u8]) {
@@ -405,6 +403,20 @@ impl<'a> Line<'a> {
         self.0.extend_from_slice(name.as_bytes());
         self.0.extend_from_slice(b"\":");
     }
+}
+
+/// Writes the digits of a number, without the machinery of `fmt`.
+fn write_number(out: &mut Vec<u8>, mut value: u64) {
+    let start = out.len();
+    loop {
+        // A digit always fits.
+        out.push(b'0' + (value % 10) as u8);
+        value /= 10;
+        if value == 0 {
+            break;
+        }
+    }
+    out[start..].reverse();
 }
 
 /// Writes a JSON string.

@@ -9,6 +9,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use redis::{Pipeline, RedisResult, Value};
 use tokio::sync::mpsc;
+use tokio::task::yield_now;
 use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
@@ -272,6 +273,8 @@ impl Reader {
             if events.send(InboxEvent::Replies(replies)).await.is_err() {
                 return Ok(());
             }
+            // Callers first: what they do next is written before the next wait.
+            yield_now().await;
         }
     }
 

@@ -186,6 +186,7 @@ fn renew(
             &session.keys.sessions,
             &session.keys.live,
             &session.held_key,
+            &session.keys.owner,
         ]);
         command
             .arg(&session.name)

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 const SAMPLE_LIFE: Duration = Duration::from_secs(1);
 
 /// A wave is never smaller than this for the sake of the next one.
-const WAVE_MIN: usize = 16;
+const WAVE_MIN: usize = 32;
 
 /// Estimates how many calls are under way: as many as went out between one request and its reply. So it does not drift
 /// with calls that are never answered.
@@ -105,6 +105,6 @@ mod tests {
         pace.sample(&other, now + 2 * SAMPLE_LIFE);
         pace.sent(40);
         pace.answered([&other].into_iter());
-        assert_eq!(pace.wave(1), 20);
+        assert_eq!(pace.wave(1), WAVE_MIN);
     }
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use antiphon_core::transport::SubscribeOptions;
 use antiphon_core::{Error, Executed};
 use redis::{Pipeline, RedisResult, Value};
+use tokio::task::yield_now;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
@@ -256,6 +257,8 @@ impl Taker {
         let work = tokens.zip(frames).collect();
         let taken = claim::deliveries(&self.shared, &self.session, work, now, &self.stopping).await;
         self.buffer.add(taken);
+        // Handlers first: those that end at once are settled before the next wait is written.
+        yield_now().await;
         match refused {
             Some(_) => Err(Exit::Broken),
             None => Ok(claimed),

@@ -245,3 +245,64 @@ async fn a_body_that_cannot_be_fetched_does_not_hold_up_the_end() {
         SubscriptionEvent::Closed(_)
     ));
 }
+
+#[tokio::test]
+async fn the_body_of_a_dead_letter_goes_with_it() {
+    let Some(broker) = Broker::private(&[]).await else {
+        return;
+    };
+    let mut config = broker.config();
+    config.dead_letters = 1;
+    let server = RedisTransport::connect(config).await.unwrap();
+    let client = broker.connect().await;
+    let service = fresh_service();
+    let mut plain = broker.plain().await;
+    let mut subscription = server
+        .subscribe(&service, SubscribeOptions::shared(1))
+        .await
+        .unwrap();
+    let inbox = client.open_inbox().await.unwrap();
+    for byte in [b'a', b'b', b'c'] {
+        let body = vec![byte; 100_000];
+        send(
+            &client,
+            &service,
+            request(&inbox.address(), BUDGET, body.clone()),
+        )
+        .await
+        .unwrap();
+        let delivery = delivery(&mut *subscription).await;
+        within("bury", delivery.dead_letter("why".to_owned(), None))
+            .await
+            .unwrap();
+        let bodies: Vec<String> = plain.keys(format!("{{{service}}}:b:*")).await.unwrap();
+        let [only] = &bodies[..] else {
+            panic!("{bodies:?}")
+        };
+        assert_eq!(plain.get::<_, Vec<u8>>(only).await.unwrap(), body);
+    }
+}
+
+#[tokio::test]
+async fn an_owner_that_lives_keeps_its_number_and_a_dead_one_leaves_none() {
+    let Some(broker) = Broker::private(&[]).await else {
+        return;
+    };
+    let server = connect(&broker, LEASE).await;
+    let service = fresh_service();
+    let mut plain = broker.plain().await;
+    let _owner = server
+        .subscribe(&service, SubscribeOptions::exclusive(1))
+        .await
+        .unwrap();
+    let key = format!("{{{service}}}:x");
+    let left: i64 = plain.pttl(&key).await.unwrap();
+    assert!(left > 0, "{left}");
+    let _: () = plain.pexpire(&key, 20_000).await.unwrap();
+    within("a renewal", async {
+        while plain.pttl::<_, i64>(&key).await.unwrap() <= 20_000 {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    })
+    .await;
+}

@@ -33,7 +33,7 @@ if again then
 elseif ARGV[2] == 'exclusive' then
   number = redis.call('HINCRBY', KEYS[3], 'number', 1)
   redis.call('HSET', KEYS[3], 'session', ARGV[1])
-  redis.call('PERSIST', KEYS[3])
+  redis.call('PEXPIRE', KEYS[3], ARGV[5])
 end
 for index = 1, 2 do
   redis.call('ZADD', KEYS[index], now + tonumber(ARGV[3]), ARGV[1])

@@ -14,13 +14,27 @@ local bell = next_key('i')
 local reply_body = next_key('b')
 local request_body = next_key('q')
 local dead = next_key('d')
+-- The body of a dead letter goes with it.
+local function forget_body(letter)
+  local decoded, head = pcall(cjson.decode, string.match(letter, '^[^\n]*\n([^\n]*)') or '')
+  if not decoded or type(head) ~= 'table' or type(head.at) ~= 'string' then return end
+  if #head.at == 32 and not string.find(head.at, '[^0-9a-f]') then
+    redis.call('UNLINK', string.sub(dead, 1, -5) .. 'b:' .. head.at)
+  end
+end
+
 if reply_body and redis.call('EXISTS', reply_body) == 0 then return 2 end
 if dead then
   -- First, so that it is still held if this fails.
   local frame = redis.call('HGET', KEYS[1], ARGV[2])
   if not frame then return 0 end
-  redis.call('RPUSH', dead, ARGV[5] .. '\n' .. frame)
-  redis.call('LTRIM', dead, -tonumber(ARGV[6]), -1)
+  local over = redis.call('RPUSH', dead, ARGV[5] .. '\n' .. frame) - ARGV[6]
+  if over > 0 then
+    -- A few at a time, should the bound have been lowered.
+    over = math.min(over, 32)
+    for _, letter in ipairs(redis.call('LRANGE', dead, 0, over - 1)) do forget_body(letter) end
+    redis.call('LTRIM', dead, over, -1)
+  end
 end
 if redis.call('HDEL', KEYS[1], ARGV[2]) == 0 then return 0 end
 if inbox then

@@ -14,7 +14,7 @@ use crate::load::Caller;
 /// The most that moves at once.
 const BATCH: usize = 256;
 
-/// Moves up to ARGV[1] items.
+/// Moves as many items as its argument says, or fewer.
 const MOVE: &str = r"
 local items = redis.call('RPOP', KEYS[1], ARGV[1])
 if not items then return {} end

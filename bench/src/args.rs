@@ -153,6 +153,9 @@ pub(crate) struct Rounds {
     /// How long each point is measured, after a warm-up of a third of it
     #[arg(long, default_value_t = 1.0)]
     pub(crate) seconds: f64,
+    /// How often a point is measured again while other programs take over a quarter of a core; the quietest counts
+    #[arg(long, default_value_t = 2)]
+    pub(crate) repeat: usize,
     /// Threads of client and server: 1 is Tokio's current-thread runtime
     #[arg(long, default_value_t = 1)]
     pub(crate) workers: usize,

@@ -10,7 +10,12 @@ fn memory_is_measured_beside_its_floor_and_its_peer() {
     let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join("smoke");
     let file = |name: &str| directory.join(name);
     let output = Command::new(env!("CARGO_BIN_EXE_antiphon-bench"))
-        .args(["--only", "memory", "--rounds", "1", "--seconds", "0.05"])
+        .args([
+            "--only=memory",
+            "--rounds=1",
+            "--seconds=0.05",
+            "--repeat=0",
+        ])
         .args(["--concurrency", "1,4", "--size", "64"])
         .args(["--contender", "memory,memory-json"])
         .arg("--json")

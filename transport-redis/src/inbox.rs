@@ -24,7 +24,7 @@ use crate::{BLOCK, GHOST, error, scripts};
 const PAGE: usize = 256;
 
 /// After so many replies they are acknowledged,
-const ACK_REPLIES: usize = 64;
+const ACK_REPLIES: usize = 256;
 
 /// or after so many bytes of them.
 const ACK_BYTES: usize = 256 * 1024;

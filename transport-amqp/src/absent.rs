@@ -21,6 +21,9 @@ const LOOK_MAX: Duration = Duration::from_millis(400);
 /// sometimes neither confirmed nor returned.
 const SETTLED: Duration = Duration::from_millis(100);
 
+/// What has no more time than this is sent without asking.
+const HASTE: Duration = Duration::from_secs(1);
+
 /// How many queues are remembered to be there. Who sends to more of them asks again.
 const KNOWN_MAX: usize = 4096;
 
@@ -60,9 +63,14 @@ impl Absent {
         }
     }
 
-    /// True if the queue is known to be there.
-    pub(crate) fn is_there(&self, queue: &ShortString) -> bool {
-        self.known.contains(queue)
+    /// True if a request is to be parked, until its queue is known to be there.
+    pub(crate) fn waits(&self, queue: &ShortString, deadline: Option<Instant>) -> bool {
+        if self.known.contains(queue) {
+            return false;
+        }
+        // Whoever has little time has little to lose either: at worst the request ends at its deadline.
+        let hasty = deadline.is_some_and(|at| at <= Instant::now() + HASTE);
+        !hasty || self.queues.contains_key(queue)
     }
 
     /// The queue was not there after all.
@@ -143,24 +151,16 @@ impl Absent {
     }
 }
 
-/// Asks the broker until a queue is there, and told so.
+/// Asks the broker until a queue is there, and has been for a moment if nobody consumes from it.
 async fn ask(prober: Arc<Prober>, queue: ShortString, found: mpsc::UnboundedSender<ShortString>) {
     let mut pause = LOOK_MIN;
-    let mut since = None;
     loop {
         match prober.consumers(&queue).await {
             // Nobody waits for what is sent to it, so it need not be sent at once.
-            Ok(0) => {
-                let since = *since.get_or_insert_with(Instant::now);
-                if since.elapsed() >= SETTLED {
-                    break;
-                }
-                sleep(SETTLED).await;
-            }
+            Ok(0) => break sleep(SETTLED).await,
             Ok(_) => break,
             // Not there; or nobody can say, and the next round waits for the connection.
             Err(_) => {
-                since = None;
                 sleep(pause).await;
                 pause = (pause * 2).min(LOOK_MAX);
             }

@@ -191,7 +191,7 @@ impl Publisher {
                 return;
             };
             if let Some(queue) = job.waits_for()
-                && !self.absent.is_there(queue)
+                && self.absent.waits(queue, job.deadline())
             {
                 let queue = queue.clone();
                 self.absent.park(&queue, job);

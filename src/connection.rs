@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use antiphon_core::{Client, ClientConfig, ConnectionState, Error, ErrorKind, Server, Transport};
+use antiphon_core::{
+    Client, ClientConfig, ConnectionState, Error, ErrorKind, Server, Transport, Workers,
+};
 
 /// Connects to the broker that a URL names, by its scheme: `memory://NAME`, `redis://`, `rediss://`, `amqp://` or `amqps://`.
 ///
@@ -87,6 +89,19 @@ impl Connection {
     /// Begins a server.
     pub fn server(&self) -> Server {
         Server::new(Arc::clone(&self.transport))
+    }
+
+    /// Starts a pool of servers in this process, each with a prefetch of 1. `build` adds the handlers to each, and is told its
+    /// number, from 0. On memory it is all that there is; on a broker it is a part of the fleet, by the same code.
+    ///
+    /// # Errors
+    /// As of [`Server::start`].
+    pub async fn workers(
+        &self,
+        workers: usize,
+        build: impl FnMut(usize, Server) -> Server,
+    ) -> Result<Workers, Error> {
+        Workers::start(&self.transport, workers, build).await
     }
 
     /// The connection's state, now and as it changes.

@@ -12,10 +12,12 @@ mod connection;
 pub use antiphon_core::Handler;
 pub use antiphon_core::transport;
 pub use antiphon_core::{
-    Call, CallFuture, Client, ClientConfig, ClientStats, Code, ConnectionState, ContentType,
-    Context, CorrelationId, Deadline, Error, ErrorKind, Executed, Failure, Fault, Headers,
-    IntoServiceName, Method, Notify, Outcome, RawHandler, Reply, ReplyAddress, Request, Response,
-    RunningServer, Server, ServerStats, ServiceName, Ticket, Transport,
+    Answer, AskAll, Call, CallEvent, CallFuture, CallMany, ChannelOptions, Client, ClientConfig,
+    ClientStats, Code, ConnectionState, ContentType, Context, CorrelationId, Deadline, Engagement,
+    Error, ErrorKind, Executed, Failure, Fault, Gathered, Headers, IntoNode, IntoServiceName,
+    Method, Node, NodeInfo, NodeStats, Notify, Outcome, Outputs, RawHandler, Reply, ReplyAddress,
+    Request, Response, RunningServer, Server, ServerStats, ServiceName, Signal, Signals,
+    TaskResult, TaskResults, TaskSender, Ticket, Transport, WhenDisengaged, Workers,
 };
 pub use connection::{Connection, connect};
 
@@ -25,3 +27,8 @@ pub use antiphon_amqp as amqp;
 pub use antiphon_memory as memory;
 #[cfg(feature = "redis")]
 pub use antiphon_redis as redis;
+
+/// The programs of that page compile.
+#[cfg(all(doctest, feature = "memory", feature = "json"))]
+#[doc = include_str!("../docs/beyond-a-call.md")]
+struct BeyondACall;

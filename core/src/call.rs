@@ -1,21 +1,20 @@
 //! One call, from its builder to its one outcome.
 
-use std::future::{Future, IntoFuture, poll_fn};
+use std::future::{Future, IntoFuture};
 use std::pin::Pin;
-use std::task::Poll;
+use std::sync::Mutex;
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
-use crate::client::{Client, ClientSource};
-use crate::config::{self, ClientConfig};
-use crate::envelope::{CorrelationId, Deadline, Headers, Outcome, Reply, Request};
-use crate::error::{Error, ErrorKind, Executed};
-use crate::name::{ContentType, Method, ReplyAddress, ServiceName};
-use crate::pending::{Ended, Slot};
-use crate::ticket::Ticket;
-use crate::transport::Outbound;
+use crate::client::Client;
+use crate::config;
+use crate::envelope::{CorrelationId, Headers, Reply};
+use crate::error::Error;
+use crate::exchange::Exchange;
+use crate::name::{ContentType, IntoNode, Method, Node, ServiceName};
 
 /// A call that is sent when it is first polled, and ends once: with its reply, or with one [`Error`].
 ///
@@ -24,7 +23,7 @@ use crate::transport::Outbound;
 #[must_use = "a call is sent when it is awaited"]
 #[derive(Debug)]
 pub struct Call<Out> {
-    source: ClientSource,
+    client: Client,
     id: CorrelationId,
     /// What is wrong with what the user gave is told when the call is awaited, before any I/O.
     service: Result<ServiceName, Error>,
@@ -39,14 +38,38 @@ pub type Notify = Call<()>;
 /// The future of a [`Call`].
 pub type CallFuture<Out> = Pin<Box<dyn Future<Output = Result<Out, Error>> + Send>>;
 
-#[derive(Debug, Default)]
-struct Options {
-    timeout: Option<Duration>,
-    deadline: Option<Instant>,
-    method: Option<Method>,
-    headers: Headers,
-    content_type: Option<ContentType>,
-    expect_responder: bool,
+#[derive(Default)]
+pub(crate) struct Options {
+    pub(crate) timeout: Option<Duration>,
+    pub(crate) deadline: Option<Instant>,
+    pub(crate) method: Option<Method>,
+    pub(crate) headers: Headers,
+    pub(crate) content_type: Option<ContentType>,
+    pub(crate) expect_responder: bool,
+    pub(crate) pickup_timeout: Option<Duration>,
+    pub(crate) cancel: Option<CancellationToken>,
+    pub(crate) observer: Option<Observer>,
+}
+
+/// Called within the call's own future, which is not shared.
+type Observer = Mutex<Box<dyn FnMut(CallEvent) + Send>>;
+
+/// What a call's observer is told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum CallEvent {
+    /// A handler works on it.
+    Running {
+        /// Where.
+        node: Node,
+    },
+    /// How far the handler is, by its own account.
+    Progress {
+        /// Where.
+        node: Node,
+        /// What it said: JSON, if it used [`Context::progress`](crate::Context::progress).
+        body: Bytes,
+    },
 }
 
 /// What ends it well.
@@ -54,6 +77,26 @@ struct Options {
 enum Finish<Out> {
     Reply(fn(Reply) -> Result<Out, Error>),
     Accepted(fn() -> Out),
+}
+
+impl Options {
+    /// True if the call wants more than its reply.
+    pub(crate) fn is_attended(&self) -> bool {
+        self.pickup_timeout.is_some() || self.cancel.is_some() || self.observer.is_some()
+    }
+}
+
+impl std::fmt::Debug for Options {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Options")
+            .field("timeout", &self.timeout)
+            .field("deadline", &self.deadline)
+            .field("method", &self.method)
+            .field("headers", &self.headers)
+            .field("expect_responder", &self.expect_responder)
+            .field("pickup_timeout", &self.pickup_timeout)
+            .finish_non_exhaustive()
+    }
 }
 
 impl<Out> Call<Out> {
@@ -99,11 +142,48 @@ impl<Out> Call<Out> {
         })
     }
 
-    /// Ends at once as [`ErrorKind::NoResponder`], executed `No`, if nobody serves the service, instead of waiting for a
+    /// Ends at once as [`ErrorKind::NoResponder`](crate::ErrorKind::NoResponder), executed `No`, if nobody serves the service, instead of waiting for a
     /// server until the deadline.
     pub fn expect_responder(self) -> Self {
         self.with(|options| {
             options.expect_responder = true;
+            Ok(())
+        })
+    }
+
+    /// Calls the service on one node of it.
+    pub fn at(mut self, node: impl IntoNode) -> Self {
+        self.service = self.service.and_then(|service| service.at(node));
+        self
+    }
+
+    /// How long a server may take to take the request; then it ends as [`ErrorKind::PickupTimeout`](crate::ErrorKind::PickupTimeout), executed `No`, and no server
+    /// starts on it any more. Once one has taken it, only the timeout counts. Default: none.
+    ///
+    /// A server asks the caller before it starts on such a request, which costs one more round trip.
+    pub fn pickup_timeout(self, timeout: Duration) -> Self {
+        self.with(|options| {
+            config::check_timeout(timeout)?;
+            options.pickup_timeout = Some(timeout);
+            Ok(())
+        })
+    }
+
+    /// Gives the call up when the token fires: it ends as [`ErrorKind::Cancelled`](crate::ErrorKind::Cancelled). As when its future is dropped, the request is taken
+    /// back if nobody has it, where the broker can; else servers do not start on it, and the
+    /// [cancellation](crate::Context::cancellation) of a handler that runs fires.
+    pub fn cancel_on(self, token: CancellationToken) -> Self {
+        self.with(|options| {
+            options.cancel = Some(token);
+            Ok(())
+        })
+    }
+
+    /// Has a function told where the call runs, after a quiet period (the server's heartbeat, 5 s), and how far it is. It
+    /// is called within the call's own future; a slow one misses what is said meanwhile, beyond 1024 words.
+    pub fn observe(self, observer: impl FnMut(CallEvent) + Send + 'static) -> Self {
+        self.with(|options| {
+            options.observer = Some(Mutex::new(Box::new(observer)));
             Ok(())
         })
     }
@@ -115,7 +195,7 @@ impl<Out> Call<Out> {
     }
 
     fn new(
-        source: ClientSource,
+        client: Client,
         service: Result<ServiceName, Error>,
         body: Result<Bytes, Error>,
         content_type: Option<ContentType>,
@@ -126,7 +206,7 @@ impl<Out> Call<Out> {
             ..Options::default()
         });
         Self {
-            source,
+            client,
             id: CorrelationId::random(),
             service,
             body,
@@ -146,54 +226,34 @@ impl<Out> Call<Out> {
 
     /// It borrows from itself: what is moved into the future stays in its place.
     async fn run(self) -> Result<Out, Error> {
-        let started = Instant::now();
-        let (service, body, options) = match (&self.service, &self.body, &self.options) {
-            (Ok(service), Ok(body), Ok(options)) => (service, body, options),
-            (Err(error), ..) | (_, Err(error), _) | (.., Err(error)) => return Err(error.clone()),
-        };
-        let deadline = self.source.deadline(options, started);
-        let (client, ready) = match &self.source {
-            ClientSource::Open(client) => (client, started),
-            ClientSource::Lazy(lazy) => match timeout_at(deadline, lazy.client()).await {
-                Ok(client) => (client?, Instant::now()),
-                Err(_) => return Err(deadline_exceeded(started, Executed::No)),
-            },
-        };
-        config::check_size(body.len(), client.config().max_body)?;
-        let exchange = Exchange {
-            client,
-            id: &self.id,
-            service,
-            body,
-            options,
-            started,
-            ready,
-            deadline,
-        };
+        let exchange = self.exchange()?;
         match &self.finish {
             Finish::Reply(read) => read(exchange.call().await?),
             Finish::Accepted(done) => exchange.notify().await.map(|()| done()),
         }
     }
-}
 
-impl ClientSource {
-    /// When a call that starts now must end.
-    fn deadline(&self, options: &Options, started: Instant) -> Instant {
-        let timeout = options.timeout.or_else(|| match self {
-            Self::Open(client) => Some(client.config().timeout),
-            // A handler's own deadline is enough.
-            Self::Lazy(_) => options
+    /// The call on its way, if all that the user gave is valid. Its clock starts now.
+    pub(crate) fn exchange(&self) -> Result<Exchange<'_>, Error> {
+        let started = Instant::now();
+        let (service, body, options) = match (&self.service, &self.body, &self.options) {
+            (Ok(service), Ok(body), Ok(options)) => (service, body, options),
+            (Err(error), ..) | (_, Err(error), _) | (.., Err(error)) => return Err(error.clone()),
+        };
+        let config = self.client.config();
+        config::check_size(body.len(), config.max_body)?;
+        let timeout = started + options.timeout.unwrap_or(config.timeout);
+        Ok(Exchange {
+            client: &self.client,
+            id: &self.id,
+            service,
+            body,
+            options,
+            started,
+            deadline: options
                 .deadline
-                .is_none()
-                .then_some(ClientConfig::default().timeout),
-        });
-        let timeout = timeout.map(|timeout| started + timeout);
-        timeout
-            .into_iter()
-            .chain(options.deadline)
-            .min()
-            .unwrap_or(started)
+                .map_or(timeout, |deadline| deadline.min(timeout)),
+        })
     }
 }
 
@@ -207,32 +267,38 @@ impl<Out: Send + 'static> IntoFuture for Call<Out> {
 }
 
 impl Call<Reply> {
-    pub(crate) fn raw(
-        source: ClientSource,
+    pub(crate) fn raw(client: Client, service: Result<ServiceName, Error>, body: Bytes) -> Self {
+        Self::of(client, service, Ok(body), None)
+    }
+
+    /// A call for its whole reply.
+    pub(crate) fn of(
+        client: Client,
         service: Result<ServiceName, Error>,
-        body: Bytes,
+        body: Result<Bytes, Error>,
+        content_type: Option<ContentType>,
     ) -> Self {
-        Self::new(source, service, Ok(body), None, Finish::Reply(Ok))
+        Self::new(client, service, body, content_type, Finish::Reply(Ok))
     }
 }
 
 impl Notify {
     pub(crate) fn one_way_raw(
-        source: ClientSource,
+        client: Client,
         service: Result<ServiceName, Error>,
         body: Bytes,
     ) -> Self {
-        Self::new(source, service, Ok(body), None, Finish::Accepted(|| ()))
+        Self::new(client, service, Ok(body), None, Finish::Accepted(|| ()))
     }
 
     #[cfg(feature = "json")]
     pub(crate) fn one_way_json(
-        source: ClientSource,
+        client: Client,
         service: Result<ServiceName, Error>,
         input: &(impl serde::Serialize + ?Sized),
     ) -> Self {
         Self::new(
-            source,
+            client,
             service,
             crate::codec::encode(input),
             Some(ContentType::JSON),
@@ -244,182 +310,17 @@ impl Notify {
 #[cfg(feature = "json")]
 impl<Out: serde::de::DeserializeOwned> Call<Out> {
     pub(crate) fn json(
-        source: ClientSource,
+        client: Client,
         service: Result<ServiceName, Error>,
         input: &(impl serde::Serialize + ?Sized),
     ) -> Self {
-        let read = |reply: Reply| {
-            crate::codec::decode(&reply.body).map_err(|error| {
-                crate::client::bad_reply(&format!("the reply is not of the expected type: {error}"))
-                    .with_source(error)
-            })
-        };
+        let read = |reply: Reply| crate::codec::read(&reply.body);
         Self::new(
-            source,
+            client,
             service,
             crate::codec::encode(input),
             Some(ContentType::JSON),
             Finish::Reply(read),
         )
     }
-}
-
-/// A valid call on its way.
-struct Exchange<'a> {
-    client: &'a Client,
-    id: &'a CorrelationId,
-    service: &'a ServiceName,
-    body: &'a Bytes,
-    options: &'a Options,
-    started: Instant,
-    /// When it could first be sent.
-    ready: Instant,
-    deadline: Instant,
-}
-
-type Sending<'a> = Pin<Box<dyn Future<Output = Result<(), Error>> + Send + 'a>>;
-
-/// How one try to get a reply ended.
-enum Try {
-    Ended(Ended),
-    SendFailed(Error),
-}
-
-impl Exchange<'_> {
-    async fn call(&self) -> Result<Reply, Error> {
-        let Some(id) = self.id.as_u128() else {
-            return Err(Error::not_executed(
-                ErrorKind::Invalid,
-                "a correlation id of ours is a UUID",
-            ));
-        };
-        let mut now = self.ready;
-        loop {
-            let remaining = self.remaining(now)?;
-            // Entered before it is sent: a reply may be there before `send` resolves.
-            let (mut slot, address) = self.client.pending().enter(id, self.deadline)?;
-            let ticket = WithdrawOnDrop(Ticket::new());
-            let sending = self.send(Some(address), remaining, &ticket.0);
-            let tried = attempt(sending, &mut slot).await;
-            return match tried {
-                Try::Ended(Ended::Reply(reply)) => match reply.outcome {
-                    Outcome::Value => Ok(reply),
-                    Outcome::Fault { fault, executed } => Err(Error::from_fault(fault, executed)),
-                },
-                Try::Ended(Ended::Bad(error)) => Err(error),
-                Try::SendFailed(error) => Err(self.send_failed(error, &ticket)),
-                Try::Ended(Ended::TimedOut) => {
-                    Err(deadline_exceeded(self.started, ticket.executed()))
-                }
-                Try::Ended(Ended::Closed(error)) => Err(error.with_executed(ticket.executed())),
-                // The inbox was lost before this request went out: nobody has seen it, so it goes out
-                // with the new address.
-                Try::Ended(Ended::InboxLost(_)) if ticket.0.withdraw() => {
-                    now = Instant::now();
-                    continue;
-                }
-                Try::Ended(Ended::InboxLost(error)) => Err(error.with_executed(Executed::Maybe)),
-            };
-        }
-    }
-
-    async fn notify(&self) -> Result<(), Error> {
-        self.client.pending().check_open()?;
-        let ticket = WithdrawOnDrop(Ticket::new());
-        let sending = self.send(None, self.remaining(self.ready)?, &ticket.0);
-        match timeout_at(self.deadline, sending).await {
-            Ok(sent) => sent.map_err(|error| self.send_failed(error, &ticket)),
-            Err(_) => Err(deadline_exceeded(self.started, ticket.executed())),
-        }
-    }
-
-    /// What is left of the time before the request is sent.
-    fn remaining(&self, now: Instant) -> Result<Duration, Error> {
-        match self.deadline.saturating_duration_since(now) {
-            Duration::ZERO => Err(deadline_exceeded(self.started, Executed::No)),
-            remaining => Ok(remaining),
-        }
-    }
-
-    /// A transport that closes need not know of each request whether it went out; the ticket does.
-    fn send_failed(&self, error: Error, ticket: &WithdrawOnDrop) -> Error {
-        match error.kind() {
-            ErrorKind::Closed => error.with_executed(ticket.executed()),
-            _ => error,
-        }
-    }
-
-    /// Not async, so that the request has no place in the future of the call.
-    fn send(
-        &self,
-        reply_to: Option<ReplyAddress>,
-        remaining: Duration,
-        ticket: &Ticket,
-    ) -> Sending<'_> {
-        let request = Request {
-            id: self.id.clone(),
-            reply_to,
-            deadline: Some(Deadline::after(remaining)),
-            method: self.options.method.clone(),
-            headers: self.options.headers.clone(),
-            content_type: self.options.content_type.clone(),
-            body: self.body.clone(),
-        };
-        self.client.transport().send(Outbound::Request {
-            service: self.service.clone(),
-            request,
-            expect_responder: self.options.expect_responder,
-            ticket: ticket.clone(),
-        })
-    }
-}
-
-async fn attempt(sending: Sending<'_>, slot: &mut Slot) -> Try {
-    let mut sending = Some(sending);
-    poll_fn(|cx| {
-        // A reply proves that the request was accepted: nothing more is waited for. And what has timed out is not sent.
-        if let Poll::Ready(ended) = slot.poll_ended(cx) {
-            return Poll::Ready(Try::Ended(ended));
-        }
-        if let Some(send) = &mut sending
-            && let Poll::Ready(sent) = send.as_mut().poll(cx)
-        {
-            sending = None;
-            if let Err(error) = sent {
-                return Poll::Ready(Try::SendFailed(error));
-            }
-        }
-        Poll::Pending
-    })
-    .await
-}
-
-/// Withdraws a request that was not sent when its call ends, however it ends.
-struct WithdrawOnDrop(Ticket);
-
-impl WithdrawOnDrop {
-    /// What is known of a request that gets no reply.
-    fn executed(&self) -> Executed {
-        if self.0.withdraw() {
-            Executed::No
-        } else {
-            Executed::Maybe
-        }
-    }
-}
-
-impl Drop for WithdrawOnDrop {
-    fn drop(&mut self) {
-        // If it was sent, there is nothing to withdraw, and the answer says just that.
-        let _ = self.0.withdraw();
-    }
-}
-
-fn deadline_exceeded(started: Instant, executed: Executed) -> Error {
-    let waited = started.elapsed();
-    let message = match executed {
-        Executed::No => format!("the request was not sent within {waited:.1?}"),
-        Executed::Maybe | Executed::Yes => format!("no reply within {waited:.1?}"),
-    };
-    Error::new(ErrorKind::DeadlineExceeded, executed, message)
 }

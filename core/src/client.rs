@@ -4,17 +4,24 @@ use std::fmt;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use tokio::sync::OnceCell;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::call::{Call, Notify};
+use crate::channel::ChannelOptions;
 use crate::config::{self, ClientConfig};
-use crate::envelope::{Outcome, Reply};
+use crate::control::{self, NodeInfo, NodeStats};
+use crate::envelope::{Outcome, Reply, Request};
 use crate::error::{Error, ErrorKind, Executed};
-use crate::name::{ReplyAddress, ServiceName};
+use crate::gather::AskAll;
+use crate::given_up::GivenUp;
+use crate::listeners::Listeners;
+use crate::many::CallMany;
+use crate::name::{ContentType, ReplyAddress, ServiceName};
 use crate::pending::{ClientStats, Ended, Pending};
+use crate::signal::Signal;
 use crate::transport::{Inbox, InboxEvent, Incoming, Transport};
 
 /// Calls services. Cloning is cheap; all clones share one inbox, which is removed with the last of them.
@@ -27,6 +34,9 @@ struct Inner {
     transport: Arc<dyn Transport>,
     config: ClientConfig,
     pending: Arc<Pending>,
+    listeners: Arc<Listeners>,
+    given_up: Arc<GivenUp>,
+    joins: mpsc::UnboundedSender<Join>,
     dispatcher: AbortHandle,
     /// Cancelled when the dispatcher is gone, and its inbox with it.
     ended: CancellationToken,
@@ -41,27 +51,44 @@ impl Client {
     /// `Connect` if the connection is lost and not back within 10 s; others as of [`Transport::open_inbox`]; `Invalid` for a
     /// timeout above 30 days.
     pub async fn open(transport: Arc<dyn Transport>, config: ClientConfig) -> Result<Self, Error> {
+        Self::open_at_desk(transport, config, None).await
+    }
+
+    /// The same for a server, which gets what is said to every server of the services that it [joins](Self::join).
+    pub(crate) async fn open_at_desk(
+        transport: Arc<dyn Transport>,
+        config: ClientConfig,
+        words: Option<mpsc::Sender<(ServiceName, Request)>>,
+    ) -> Result<Self, Error> {
         config::check_timeout(config.timeout)?;
         let inbox = config::bounded("open an inbox", transport.open_inbox()).await?;
         let pending = Pending::new(inbox.address(), config.max_pending);
+        let listeners = Arc::new(Listeners::default());
         let ended = CancellationToken::new();
+        let (joins, joined) = mpsc::unbounded_channel();
         let dispatcher = Dispatcher {
             inbox,
             pending: Arc::clone(&pending),
+            listeners: Arc::clone(&listeners),
+            joins: joined,
+            words,
             max_body: config.max_body,
             _ended: ended.clone().drop_guard(),
         };
         let dispatcher = tokio::spawn(dispatcher.run()).abort_handle();
         // It ends when the table is closed, as the dispatcher does at its end.
         tokio::spawn({
-            let pending = Arc::clone(&pending);
-            async move { pending.sweep().await }
+            let (pending, state) = (Arc::clone(&pending), transport.state());
+            async move { pending.sweep(state).await }
         });
         Ok(Self {
             inner: Arc::new(Inner {
+                given_up: GivenUp::new(Arc::clone(&transport)),
                 transport,
                 config,
                 pending,
+                listeners,
+                joins,
                 dispatcher,
                 ended,
             }),
@@ -80,22 +107,14 @@ impl Client {
     where
         Out: serde::de::DeserializeOwned,
     {
-        Call::json(
-            ClientSource::Open(self.clone()),
-            service.into_service_name(),
-            input,
-        )
+        Call::json(self.clone(), service.into_service_name(), input)
     }
 
     /// Calls a service with a body of bytes and returns the whole reply.
     ///
     /// Nothing happens until the returned [`Call`] is awaited.
     pub fn call_raw(&self, service: impl IntoServiceName, body: impl Into<Bytes>) -> Call<Reply> {
-        Call::raw(
-            ClientSource::Open(self.clone()),
-            service.into_service_name(),
-            body.into(),
-        )
+        Call::raw(self.clone(), service.into_service_name(), body.into())
     }
 
     /// Sends a request with a JSON body that nobody replies to. Awaiting it ends when the broker has accepted it.
@@ -105,20 +124,106 @@ impl Client {
         service: impl IntoServiceName,
         input: &(impl serde::Serialize + ?Sized),
     ) -> Notify {
-        Notify::one_way_json(
-            ClientSource::Open(self.clone()),
-            service.into_service_name(),
-            input,
-        )
+        Notify::one_way_json(self.clone(), service.into_service_name(), input)
     }
 
     /// Sends a request with a body of bytes that nobody replies to. Awaiting it ends when the broker has accepted it.
     pub fn notify_raw(&self, service: impl IntoServiceName, body: impl Into<Bytes>) -> Notify {
-        Notify::one_way_raw(
-            ClientSource::Open(self.clone()),
-            service.into_service_name(),
-            body.into(),
-        )
+        Notify::one_way_raw(self.clone(), service.into_service_name(), body.into())
+    }
+
+    /// Asks every live server of a service, with a JSON body, and reads their replies as JSON.
+    ///
+    /// Nothing happens until the returned [`AskAll`] is awaited. Those that serve a request at the time are asked, whatever they
+    /// are busy with; nothing is queued.
+    #[cfg(feature = "json")]
+    pub fn ask_all<Out>(
+        &self,
+        service: impl IntoServiceName,
+        input: &(impl serde::Serialize + ?Sized),
+    ) -> AskAll<Out>
+    where
+        Out: serde::de::DeserializeOwned,
+    {
+        let service = service.into_service_name();
+        let call = Call::of(
+            self.clone(),
+            service,
+            crate::codec::encode(input),
+            Some(ContentType::JSON),
+        );
+        AskAll::new(call, |reply| crate::codec::read(&reply.body))
+    }
+
+    /// The same with a body of bytes, and whole replies.
+    pub fn ask_all_raw(
+        &self,
+        service: impl IntoServiceName,
+        body: impl Into<Bytes>,
+    ) -> AskAll<Reply> {
+        AskAll::new(self.call_raw(service, body), Ok)
+    }
+
+    /// Asks which servers of a service are alive.
+    pub fn ping(&self, service: impl IntoServiceName) -> AskAll<()> {
+        self.inquire(service, control::PING, |_| Ok(()))
+    }
+
+    /// Asks the live servers of a service what they are.
+    pub fn info(&self, service: impl IntoServiceName) -> AskAll<NodeInfo> {
+        self.inquire(service, control::INFO, |reply| read_json(&reply))
+    }
+
+    /// Asks the live servers of a service what they have done.
+    pub fn node_stats(&self, service: impl IntoServiceName) -> AskAll<NodeStats> {
+        self.inquire(service, control::STATS, |reply| read_json(&reply))
+    }
+
+    fn inquire<Out>(
+        &self,
+        service: impl IntoServiceName,
+        method: &str,
+        read: fn(Reply) -> Result<Out, Error>,
+    ) -> AskAll<Out> {
+        AskAll::new(self.call_raw(service, Bytes::new()).method(method), read)
+    }
+
+    /// Calls a service with each of many inputs, as JSON, some at once.
+    ///
+    /// Nothing happens until the outputs are asked for.
+    #[cfg(feature = "json")]
+    pub fn call_many<Out, In>(
+        &self,
+        service: impl IntoServiceName,
+        inputs: impl IntoIterator<Item = In, IntoIter: Send + 'static>,
+    ) -> CallMany<Out>
+    where
+        In: serde::Serialize,
+        Out: serde::de::DeserializeOwned + Send + 'static,
+    {
+        let (client, service) = (self.clone(), service.into_service_name());
+        let call = move |input| Call::json(client.clone(), service.clone(), &input);
+        CallMany::new(inputs.into_iter().map(call))
+    }
+
+    /// The same with bodies of bytes, and whole replies.
+    pub fn call_many_raw<In>(
+        &self,
+        service: impl IntoServiceName,
+        inputs: impl IntoIterator<Item = In, IntoIter: Send + 'static>,
+    ) -> CallMany<Reply>
+    where
+        In: Into<Bytes>,
+    {
+        let (client, service) = (self.clone(), service.into_service_name());
+        let call = move |input: In| Call::raw(client.clone(), service.clone(), input.into());
+        CallMany::new(inputs.into_iter().map(call))
+    }
+
+    /// A channel to a service: many tasks out, a private stream of results back, each acknowledged. It is leased when it is
+    /// [opened](ChannelOptions::open).
+    pub fn channel(&self, service: impl IntoServiceName) -> ChannelOptions {
+        ChannelOptions::new(self.clone(), service.into_service_name())
     }
 
     /// What this client has seen.
@@ -135,9 +240,14 @@ impl Client {
 
     /// Ends all calls that wait with `Closed`, and removes the inbox. Idempotent. The transport stays open.
     pub async fn close(&self) {
+        self.end();
+        self.inner.ended.cancelled().await;
+    }
+
+    /// As [`close`](Self::close), without waiting for it.
+    pub(crate) fn end(&self) {
         self.inner.pending.close(&closed());
         self.inner.dispatcher.abort();
-        self.inner.ended.cancelled().await;
     }
 
     pub(crate) fn transport(&self) -> &dyn Transport {
@@ -148,8 +258,31 @@ impl Client {
         &self.inner.config
     }
 
+    pub(crate) fn shared_transport(&self) -> &Arc<dyn Transport> {
+        &self.inner.transport
+    }
+
     pub(crate) fn pending(&self) -> &Arc<Pending> {
         &self.inner.pending
+    }
+
+    pub(crate) fn listeners(&self) -> &Arc<Listeners> {
+        &self.inner.listeners
+    }
+
+    pub(crate) fn given_up(&self) -> &Arc<GivenUp> {
+        &self.inner.given_up
+    }
+
+    /// Has what is said to every server of a service arrive at this client's inbox too.
+    pub(crate) async fn join(&self, service: &ServiceName) -> Result<(), Error> {
+        let (done, joined) = oneshot::channel();
+        // If the dispatcher is gone, so is the other end.
+        let _ = self.inner.joins.send((service.clone(), done));
+        config::bounded("join a service", async {
+            joined.await.unwrap_or_else(|_| Err(closed()))
+        })
+        .await
     }
 }
 
@@ -168,11 +301,18 @@ impl Drop for Inner {
     }
 }
 
+/// A service to join, and whom to tell.
+type Join = (ServiceName, oneshot::Sender<Result<(), Error>>);
+
 /// Hands replies to calls until the inbox is over. It runs no code of the user's, so no caller can hold up another.
 struct Dispatcher {
     // Dropped in this order: who waits for the end finds no inbox.
     inbox: Box<dyn Inbox>,
     pending: Arc<Pending>,
+    listeners: Arc<Listeners>,
+    joins: mpsc::UnboundedReceiver<Join>,
+    /// Where the server hears what is said to it; none if it is none.
+    words: Option<mpsc::Sender<(ServiceName, Request)>>,
     max_body: usize,
     _ended: DropGuard,
 }
@@ -180,7 +320,16 @@ struct Dispatcher {
 impl Dispatcher {
     async fn run(mut self) {
         loop {
-            match self.inbox.recv().await {
+            let event = tokio::select! {
+                biased;
+                event = self.inbox.recv() => event,
+                Some((service, done)) = self.joins.recv() => {
+                    // Who asked may have gone.
+                    let _ = done.send(self.inbox.join(&service).await);
+                    continue;
+                }
+            };
+            match event {
                 InboxEvent::Replies(replies) => {
                     let now = Instant::now();
                     for incoming in replies {
@@ -199,17 +348,36 @@ impl Dispatcher {
     fn deliver(&self, incoming: Incoming, now: Instant) {
         match incoming {
             Incoming::Reply(reply) => {
+                if let Outcome::Signal(Signal::Running { every, .. }) = reply.outcome
+                    // Of many servers one may well be lost.
+                    && !self.listeners.gathers(&reply.id)
+                {
+                    self.pending.hear(&reply.id, every, now);
+                }
+                let is_signal = matches!(reply.outcome, Outcome::Signal(_));
                 let size = match &reply.outcome {
-                    Outcome::Value => reply.body.len(),
+                    Outcome::Value | Outcome::Signal(_) => reply.body.len(),
                     Outcome::Fault { fault, .. } => fault.details_size(),
                 };
                 let id = reply.id.clone();
                 let ended = match config::check_size(size, self.max_body) {
-                    Ok(()) => Ended::Reply(reply),
+                    Ok(()) => match self.listeners.hear(reply) {
+                        Some(reply) => Ended::Reply(reply),
+                        None => return,
+                    },
+                    // One among many answers, or a word, that is too large is as if it had not come.
+                    Err(_) if self.listeners.gathers(&id) || is_signal => return,
                     Err(error) => Ended::Bad(bad_reply(error.message())),
                 };
                 self.pending.resolve(&id, ended, now);
             }
+            Incoming::Request { service, request } => {
+                if let Some(words) = &self.words {
+                    // Too much at once is as if it had not arrived.
+                    let _ = words.try_send((service, request));
+                }
+            }
+            Incoming::Undecodable { id: Some(id), .. } if self.listeners.gathers(&id) => {}
             Incoming::Undecodable {
                 id: Some(id),
                 reason,
@@ -260,38 +428,7 @@ where
     }
 }
 
-/// A client that a call may have to open first.
-#[derive(Clone, Debug)]
-pub(crate) enum ClientSource {
-    Open(Client),
-    Lazy(Arc<LazyClient>),
-}
-
-/// The client of a server's handlers, opened at their first call.
-#[derive(Debug)]
-pub(crate) struct LazyClient {
-    transport: Arc<dyn Transport>,
-    config: ClientConfig,
-    client: OnceCell<Client>,
-}
-
-impl LazyClient {
-    pub(crate) fn new(transport: Arc<dyn Transport>, config: ClientConfig) -> Self {
-        Self {
-            transport,
-            config,
-            client: OnceCell::new(),
-        }
-    }
-
-    pub(crate) async fn client(&self) -> Result<&Client, Error> {
-        let open = || Client::open(Arc::clone(&self.transport), self.config);
-        self.client.get_or_try_init(open).await
-    }
-
-    pub(crate) async fn close(&self) {
-        if let Some(client) = self.client.get() {
-            client.close().await;
-        }
-    }
+fn read_json<T: serde::de::DeserializeOwned>(reply: &Reply) -> Result<T, Error> {
+    serde_json::from_slice(&reply.body)
+        .map_err(|error| bad_reply(&format!("the answer cannot be read: {error}")))
 }

@@ -19,3 +19,11 @@ pub(crate) fn encode(value: &(impl Serialize + ?Sized)) -> Result<Bytes, Error> 
 pub(crate) fn decode<T: DeserializeOwned>(body: &[u8]) -> Result<T, serde_json::Error> {
     serde_json::from_slice(body)
 }
+
+/// Reads the body of a reply.
+pub(crate) fn read<T: DeserializeOwned>(body: &[u8]) -> Result<T, Error> {
+    decode(body).map_err(|error| {
+        crate::client::bad_reply(&format!("the reply is not of the expected type: {error}"))
+            .with_source(error)
+    })
+}

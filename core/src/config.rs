@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::error::{Error, ErrorKind};
+use crate::server::WhenDisengaged;
 
 /// The longest timeout that a call may have: 30 days, within what every broker's expiry can hold.
 pub(crate) const TIMEOUT_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
@@ -12,6 +13,9 @@ const MAX_BODY: usize = 4 * 1024 * 1024;
 
 /// The time that a request may take if nobody says how long.
 const TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How often a server says that a handler still runs.
+const HEARTBEAT: Duration = Duration::from_secs(5);
 
 /// The settings of a [`Client`](crate::Client).
 #[derive(Clone, Copy, Debug)]
@@ -63,24 +67,43 @@ impl ClientConfig {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ServerConfig {
     pub(crate) prefetch: usize,
-    pub(crate) exclusive: bool,
+    pub(crate) ownership: Ownership,
     pub(crate) max_deliveries: u32,
     pub(crate) max_body: usize,
     pub(crate) default_timeout: Duration,
     pub(crate) grace: Duration,
     pub(crate) drain_timeout: Duration,
+    pub(crate) heartbeat: Duration,
+    pub(crate) when_disengaged: WhenDisengaged,
+    pub(crate) outbox_replies: usize,
+}
+
+/// Who else may serve what a server serves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ownership {
+    /// Anybody who shares too.
+    Shared,
+    /// Nobody; it fails if somebody does.
+    Exclusive,
+    /// Nobody; it waits while somebody does.
+    Standby,
+    /// Nobody; whoever does is asked to hand over.
+    TakeOver,
 }
 
 impl Default for ServerConfig {
     fn default() -> Self {
         Self {
             prefetch: 128,
-            exclusive: false,
+            ownership: Ownership::Shared,
             max_deliveries: 5,
             max_body: MAX_BODY,
             default_timeout: TIMEOUT,
             grace: Duration::from_secs(1),
             drain_timeout: TIMEOUT,
+            heartbeat: HEARTBEAT,
+            when_disengaged: WhenDisengaged::Reconnect,
+            outbox_replies: 1024,
         }
     }
 }

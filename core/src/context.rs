@@ -8,9 +8,13 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::call::{Call, Notify};
-use crate::client::{ClientSource, IntoServiceName, LazyClient};
+use crate::client::{Client, IntoServiceName};
+use crate::config;
 use crate::envelope::{CorrelationId, Headers, Reply};
-use crate::name::{ContentType, Method, ReplyAddress};
+use crate::error::Error;
+use crate::name::{ContentType, Method, Node, ReplyAddress};
+use crate::signal::Signal;
+use crate::transport::Outbound;
 
 /// A request's circumstances, as its handler sees them, and a client that inherits its deadline.
 #[derive(Clone, Debug)]
@@ -29,7 +33,9 @@ pub(crate) struct Inner {
     pub(crate) deadline: Instant,
     /// Made when it is first asked for, or fires: most handlers end without either.
     pub(crate) cancellation: OnceLock<CancellationToken>,
-    pub(crate) client: Arc<LazyClient>,
+    pub(crate) client: Client,
+    /// None if the caller would not understand a progress.
+    pub(crate) progress: Option<Node>,
 }
 
 impl Inner {
@@ -54,7 +60,8 @@ impl Context {
             .saturating_duration_since(Instant::now())
     }
 
-    /// Fires when the deadline has passed, and when another server may have the request (lost lease): the handler then has
+    /// Fires when the deadline has passed, when the caller has given the call up or is gone, and when another server may have the
+    /// request (lost lease): the handler then has
     /// one second (see [`Server::grace`](crate::Server::grace)) to end by itself before it is dropped. It also fires when the
     /// server stops waiting for its handlers at the end of its drain timeout, or is dropped; they are then dropped at once.
     #[must_use]
@@ -108,13 +115,23 @@ impl Context {
     where
         Out: serde::de::DeserializeOwned,
     {
-        Call::json(self.source(), service.into_service_name(), input).deadline(self.deadline())
+        Call::json(
+            self.inner.client.clone(),
+            service.into_service_name(),
+            input,
+        )
+        .deadline(self.deadline())
     }
 
     /// Calls another service, as [`Client::call_raw`](crate::Client::call_raw), within what is left of this request's
     /// deadline.
     pub fn call_raw(&self, service: impl IntoServiceName, body: impl Into<Bytes>) -> Call<Reply> {
-        Call::raw(self.source(), service.into_service_name(), body.into()).deadline(self.deadline())
+        Call::raw(
+            self.inner.client.clone(),
+            service.into_service_name(),
+            body.into(),
+        )
+        .deadline(self.deadline())
     }
 
     /// Notifies another service, as [`Client::notify`](crate::Client::notify), within what is left of this request's
@@ -125,18 +142,58 @@ impl Context {
         service: impl IntoServiceName,
         input: &(impl serde::Serialize + ?Sized),
     ) -> Notify {
-        Notify::one_way_json(self.source(), service.into_service_name(), input)
-            .deadline(self.deadline())
+        Notify::one_way_json(
+            self.inner.client.clone(),
+            service.into_service_name(),
+            input,
+        )
+        .deadline(self.deadline())
     }
 
     /// Notifies another service, as [`Client::notify_raw`](crate::Client::notify_raw), within what is left of this
     /// request's deadline.
     pub fn notify_raw(&self, service: impl IntoServiceName, body: impl Into<Bytes>) -> Notify {
-        Notify::one_way_raw(self.source(), service.into_service_name(), body.into())
-            .deadline(self.deadline())
+        Notify::one_way_raw(
+            self.inner.client.clone(),
+            service.into_service_name(),
+            body.into(),
+        )
+        .deadline(self.deadline())
     }
 
-    fn source(&self) -> ClientSource {
-        ClientSource::Lazy(Arc::clone(&self.inner.client))
+    /// Tells the caller how far the handler is, as JSON: its [observer](crate::Call::observe) gets it, if it has one. Nothing
+    /// happens for a plain peer of the broker.
+    ///
+    /// **Resolves when** the broker has accepted it. **Cancel safety**: dropping the future does not unsay it.
+    ///
+    /// # Errors
+    /// `NoResponder` if the caller is gone, where the broker can tell; others as of
+    /// [`Transport::send`](crate::Transport::send). A handler may ignore them.
+    #[cfg(feature = "json")]
+    pub async fn progress(&self, value: &(impl serde::Serialize + ?Sized)) -> Result<(), Error> {
+        self.progress_raw(crate::codec::encode(value)?).await
+    }
+
+    /// The same with a value of bytes.
+    ///
+    /// # Errors
+    /// As of [`progress`](Self::progress).
+    pub async fn progress_raw(&self, value: impl Into<Bytes>) -> Result<(), Error> {
+        let (Some(node), Some(to)) = (&self.inner.progress, &self.inner.reply_to) else {
+            return Ok(());
+        };
+        let body = value.into();
+        config::check_size(body.len(), self.inner.client.config().max_body)?;
+        let signal = Signal::Progress { node: node.clone() };
+        let reply = Reply {
+            body,
+            ..Reply::signal(self.inner.id.clone(), signal)
+        };
+        let to = to.clone();
+        self.inner
+            .client
+            .transport()
+            .send(Outbound::Reply { to, reply })
+            .await
     }
 }

@@ -8,7 +8,8 @@ use uuid::Uuid;
 
 use crate::error::{Error, ErrorKind, Executed};
 use crate::fault::Fault;
-use crate::name::{self, ContentType, Method, ReplyAddress};
+use crate::name::{self, ContentType, Method, Node, ReplyAddress};
+use crate::signal::{Signal, Signals};
 
 /// Ties a reply to its request.
 ///
@@ -209,6 +210,8 @@ pub struct Request {
     pub headers: Headers,
     /// What the body is; none from plain peers means: whatever the handler expects.
     pub content_type: Option<ContentType>,
+    /// What its caller wants to hear besides the reply.
+    pub signals: Signals,
     /// The body.
     pub body: Bytes,
 }
@@ -224,6 +227,7 @@ impl Request {
             method: None,
             headers: Headers::new(),
             content_type: None,
+            signals: Signals::Running,
             body: body.into(),
         }
     }
@@ -240,7 +244,9 @@ pub struct Reply {
     pub headers: Headers,
     /// What the body is.
     pub content_type: Option<ContentType>,
-    /// The value; for a fault it is empty, since the fault itself is in the outcome.
+    /// Who replies, to a request that went to every server of a service.
+    pub node: Option<Node>,
+    /// The value, or that of a progress; for a fault it is empty, since the fault itself is in the outcome.
     pub body: Bytes,
 }
 
@@ -257,6 +263,8 @@ pub enum Outcome {
         /// What the server knows of this request's execution.
         executed: Executed,
     },
+    /// It has not: the server has something to say before its reply.
+    Signal(Signal),
 }
 
 impl Reply {
@@ -268,6 +276,7 @@ impl Reply {
             outcome: Outcome::Value,
             headers: Headers::new(),
             content_type: None,
+            node: None,
             body: body.into(),
         }
     }
@@ -275,12 +284,22 @@ impl Reply {
     /// The failure of the request `id`.
     #[must_use]
     pub fn fault(id: CorrelationId, fault: Fault, executed: Executed) -> Self {
-        let outcome = Outcome::Fault { fault, executed };
+        Self::bare(id, Outcome::Fault { fault, executed })
+    }
+
+    /// Something about the request `id` before its reply.
+    #[must_use]
+    pub fn signal(id: CorrelationId, signal: Signal) -> Self {
+        Self::bare(id, Outcome::Signal(signal))
+    }
+
+    fn bare(id: CorrelationId, outcome: Outcome) -> Self {
         Self {
             id,
             outcome,
             headers: Headers::new(),
             content_type: None,
+            node: None,
             body: Bytes::new(),
         }
     }

@@ -74,9 +74,13 @@ pub enum ErrorKind {
     NoResponder,
     /// A local limit (pending calls) or the broker's memory is exhausted. Nothing was sent.
     Overloaded,
+    /// No server took the request within its pickup timeout, and none will.
+    PickupTimeout,
     /// A server refused the request without or after giving it to a handler, as [`Error::executed`] says;
     /// see [`Error::fault`] for the reason.
     Rejected,
+    /// The server that ran the handler has been silent for three heartbeats.
+    ServerLost,
     /// The body is over the size limit. Nothing was sent.
     TooLarge,
     /// This transport, or this build, cannot do what was asked.
@@ -101,7 +105,9 @@ impl ErrorKind {
             Self::LostLease => "lost_lease",
             Self::NoResponder => "no_responder",
             Self::Overloaded => "overloaded",
+            Self::PickupTimeout => "pickup_timeout",
             Self::Rejected => "rejected",
+            Self::ServerLost => "server_lost",
             Self::TooLarge => "too_large",
             Self::Unsupported => "unsupported",
         }
@@ -226,7 +232,9 @@ impl Error {
             ErrorKind::Connect
             | ErrorKind::ConnectionLost
             | ErrorKind::NoResponder
-            | ErrorKind::Overloaded => self.executed() == Executed::No,
+            | ErrorKind::Overloaded
+            | ErrorKind::PickupTimeout
+            | ErrorKind::ServerLost => self.executed() == Executed::No,
             _ => false,
         }
     }

@@ -210,7 +210,9 @@ impl From<Error> for Fault {
             ErrorKind::Connect
             | ErrorKind::ConnectionLost
             | ErrorKind::NoResponder
-            | ErrorKind::Overloaded => Code::Unavailable,
+            | ErrorKind::Overloaded
+            | ErrorKind::PickupTimeout
+            | ErrorKind::ServerLost => Code::Unavailable,
             _ => Code::Internal,
         };
         let fault = Self::new(code, error.to_string());

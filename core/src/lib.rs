@@ -1,36 +1,51 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
+mod attention;
 mod call;
+mod channel;
 mod client;
 #[cfg(feature = "json")]
 mod codec;
 mod config;
 mod context;
+mod control;
 mod envelope;
 mod error;
+mod exchange;
 mod fault;
+mod gather;
+mod given_up;
 mod handler;
+mod listeners;
+mod many;
 mod name;
 mod pending;
 mod server;
 mod service;
+mod signal;
 mod ticket;
 pub mod transport;
+mod workers;
 
-pub use call::{Call, CallFuture, Notify};
+pub use call::{Call, CallEvent, CallFuture, Notify};
+pub use channel::{ChannelOptions, TaskResult, TaskResults, TaskSender};
 pub use client::{Client, IntoServiceName};
 pub use config::ClientConfig;
 pub use context::Context;
+pub use control::{NodeInfo, NodeStats};
 pub use envelope::{CorrelationId, Deadline, Headers, Outcome, Reply, Request};
 pub use error::{Error, ErrorKind, Executed};
 pub use fault::{Code, Fault};
+pub use gather::{Answer, AskAll, Gathered};
 #[cfg(feature = "json")]
 pub use handler::Handler;
 pub use handler::{Failure, RawHandler, Response};
-pub use name::{ContentType, Method, ReplyAddress, ServiceName};
+pub use many::{CallMany, Outputs};
+pub use name::{ContentType, IntoNode, Method, Node, ReplyAddress, ServiceName};
 pub use pending::ClientStats;
-pub use server::{RunningServer, Server};
-pub use service::ServerStats;
+pub use server::{Engagement, RunningServer, Server, ServerStats, WhenDisengaged};
+pub use signal::{Signal, Signals};
 pub use ticket::Ticket;
 pub use transport::{ConnectionState, Transport};
+pub use workers::Workers;

@@ -60,6 +60,17 @@ impl ServiceName {
     pub fn node(&self) -> Option<&str> {
         self.full.split_once('@').map(|(_, node)| node)
     }
+
+    /// The same service on one node, `fib@node-7`; of one node's queue already, that of the other node.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] if the node is not of the grammar.
+    pub fn at(&self, node: impl IntoNode) -> Result<Self, Error> {
+        let node = node.into_node()?;
+        Ok(Self {
+            full: format!("{}@{node}", self.service()).into(),
+        })
+    }
 }
 
 impl TryFrom<&str> for ServiceName {
@@ -145,6 +156,88 @@ impl fmt::Display for Method {
 impl fmt::Debug for Method {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Debug::fmt(&self.0, f)
+    }
+}
+
+/// The name of one server among those of a service, `[A-Za-z0-9_.-]{1,64}`.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Node(Arc<str>);
+
+impl Node {
+    /// Parses a node's name.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] if it is not of the grammar.
+    pub fn new(name: &str) -> Result<Self, Error> {
+        if is_name(name) {
+            Ok(Self(name.into()))
+        } else {
+            Err(invalid("node", name, "[A-Za-z0-9_.-]{1,64}"))
+        }
+    }
+
+    /// The name of a server that was given none: nobody else's.
+    #[must_use]
+    pub(crate) fn random() -> Self {
+        let id = uuid::Uuid::new_v4().simple().to_string();
+        Self(format!("node-{}", &id[..12]).into())
+    }
+
+    /// The name.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for Node {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for Node {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.0, f)
+    }
+}
+
+/// What may be given as a node: a [`Node`], or text that is parsed before any I/O.
+pub trait IntoNode {
+    /// The node, or why it is none.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] if it is not of the grammar.
+    fn into_node(self) -> Result<Node, Error>;
+}
+
+impl IntoNode for Node {
+    fn into_node(self) -> Result<Node, Error> {
+        Ok(self)
+    }
+}
+
+impl IntoNode for &Node {
+    fn into_node(self) -> Result<Node, Error> {
+        Ok(self.clone())
+    }
+}
+
+impl IntoNode for &str {
+    fn into_node(self) -> Result<Node, Error> {
+        Node::new(self)
+    }
+}
+
+impl IntoNode for &String {
+    fn into_node(self) -> Result<Node, Error> {
+        Node::new(self)
+    }
+}
+
+impl IntoNode for String {
+    fn into_node(self) -> Result<Node, Error> {
+        Node::new(&self)
     }
 }
 

@@ -2,20 +2,25 @@
 
 mod deadlines;
 mod ended;
+mod heartbeats;
 
 use std::collections::HashMap;
+use std::future::{pending, poll_fn};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use futures_util::FutureExt;
-use tokio::sync::{Notify, oneshot};
-use tokio::time::Instant;
+use tokio::sync::{Notify, oneshot, watch};
+use tokio::time::{Instant, sleep_until};
 
 use self::deadlines::Deadlines;
 use self::ended::{EndedCalls, Fate};
+use self::heartbeats::Heartbeats;
 use crate::envelope::{CorrelationId, Reply};
 use crate::error::{Error, ErrorKind, Executed};
 use crate::name::ReplyAddress;
+use crate::transport::ConnectionState;
 
 /// What a client has seen, and what waits now.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -40,6 +45,8 @@ pub(crate) enum Ended {
     Bad(Error),
     /// By its deadline.
     TimedOut,
+    /// Its server said that it runs, and has been silent since.
+    ServerLost,
     /// The inbox lost what was under way.
     InboxLost(Error),
     /// The client was closed.
@@ -59,6 +66,7 @@ pub(crate) struct Pending {
 struct Table {
     waiting: HashMap<u128, oneshot::Sender<Ended>, foldhash::fast::RandomState>,
     deadlines: Deadlines,
+    heartbeats: Heartbeats,
     ended: EndedCalls,
     /// Beside the calls, so that a call cannot enter with an address that was lost a moment before.
     address: ReplyAddress,
@@ -73,6 +81,7 @@ impl Pending {
         let table = Table {
             waiting: HashMap::default(),
             deadlines: Deadlines::default(),
+            heartbeats: Heartbeats::default(),
             ended: EndedCalls::default(),
             address,
             closed: None,
@@ -137,6 +146,7 @@ impl Pending {
             return;
         };
         if let Some(sender) = table.waiting.remove(&id) {
+            table.heartbeats.forget(id);
             table.ended.remember(id, Fate::Answered, now);
             drop(table);
             // The receiver may be gone by a hair: its call ended first, and has its outcome.
@@ -150,18 +160,36 @@ impl Pending {
         }
     }
 
+    /// Notes that the server of a call lives, and says so again within `every`.
+    pub(crate) fn hear(&self, id: &CorrelationId, every: Duration, now: Instant) {
+        let mut table = self.lock();
+        let is_first = match id.as_u128() {
+            Some(id) if table.waiting.contains_key(&id) => table.heartbeats.hear(id, every, now),
+            _ => false,
+        };
+        drop(table);
+        if is_first {
+            self.earlier.notify_one();
+        }
+    }
+
     /// Counts a reply that cannot be told whose it is.
     pub(crate) fn count_unknown(&self) {
         self.lock().unknown += 1;
     }
 
-    /// Ends calls at their deadlines, until the table is closed.
+    /// Ends calls at their deadlines and when their servers are lost, until the table is closed.
     ///
     /// One timer for all of them: most calls end long before their deadline, and would have set and removed one for nothing.
-    pub(crate) async fn sweep(&self) {
+    pub(crate) async fn sweep(&self, mut state: watch::Receiver<ConnectionState>) {
+        let mut connected: Option<Instant> = None;
         loop {
-            let (due, next) = {
-                let now = Instant::now();
+            let now = Instant::now();
+            connected = match *state.borrow_and_update() {
+                ConnectionState::Connected => connected.or(Some(now)),
+                _ => None,
+            };
+            let (due, lost, next) = {
                 let mut guard = self.lock();
                 let table = &mut *guard;
                 if table.closed.is_some() {
@@ -171,20 +199,32 @@ impl Pending {
                 while let Some(id) = table.deadlines.pop_due(now) {
                     due.extend(table.abandon(id, now));
                 }
-                (
-                    due,
-                    table.deadlines.arm(|id| table.waiting.contains_key(&id)),
-                )
+                let mut lost = Vec::new();
+                for id in table.heartbeats.take_lost(now, connected) {
+                    lost.extend(table.abandon(id, now));
+                }
+                let next = table.deadlines.arm(|id| table.waiting.contains_key(&id));
+                let next = next.into_iter().chain(table.heartbeats.next()).min();
+                (due, lost, next)
             };
             for sender in due {
                 let _ = sender.send(Ended::TimedOut);
             }
-            match next {
-                Some(next) => {
-                    // Either way, all is looked at again.
-                    let _ = tokio::time::timeout_at(next, self.earlier.notified()).await;
+            for sender in lost {
+                let _ = sender.send(Ended::ServerLost);
+            }
+            let timer = async {
+                match next {
+                    Some(next) => sleep_until(next).await,
+                    None => pending().await,
                 }
-                None => self.earlier.notified().await,
+            };
+            // However it ends, all is looked at again.
+            tokio::select! {
+                () = timer => {}
+                () = self.earlier.notified() => {}
+                // A transport that is gone changes its state no more.
+                Ok(()) = state.changed() => {}
             }
         }
     }
@@ -237,6 +277,7 @@ impl Pending {
 
 impl Table {
     fn abandon_all(&mut self) -> Vec<oneshot::Sender<Ended>> {
+        self.heartbeats = Heartbeats::default();
         let now = Instant::now();
         let ended = &mut self.ended;
         let waiting = self.waiting.drain();
@@ -250,6 +291,7 @@ impl Table {
 
     fn abandon(&mut self, id: u128, now: Instant) -> Option<oneshot::Sender<Ended>> {
         let sender = self.waiting.remove(&id)?;
+        self.heartbeats.forget(id);
         self.ended.remember(id, Fate::Abandoned, now);
         Some(sender)
     }
@@ -266,6 +308,13 @@ pub(crate) struct Slot {
 }
 
 impl Slot {
+    /// Waits for the end; not to be called again after it.
+    ///
+    /// **Cancel safety**: the end is not lost by dropping the future.
+    pub(crate) async fn ended(&mut self) -> Ended {
+        poll_fn(|cx| self.poll_ended(cx)).await
+    }
+
     /// Waits for the end; not to be polled again after it.
     pub(crate) fn poll_ended(&mut self, cx: &mut Context<'_>) -> Poll<Ended> {
         let ended = ready!(self.receiver.poll_unpin(cx));
@@ -291,8 +340,6 @@ impl Drop for Slot {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::ended::{ENDED_AGE, ENDED_MAX};
     use super::*;
 
@@ -389,7 +436,11 @@ mod tests {
         let pending = table(1000);
         let sweeper = tokio::spawn({
             let pending = Arc::clone(&pending);
-            async move { pending.sweep().await }
+            async move {
+                pending
+                    .sweep(watch::channel(ConnectionState::Connected).1)
+                    .await
+            }
         });
         let start = Instant::now();
         let after = |milliseconds| start + Duration::from_millis(milliseconds);
@@ -405,7 +456,7 @@ mod tests {
         }
         calls.sort_by_key(|(_, deadline)| *deadline);
         for (mut slot, deadline) in calls {
-            let ended = std::future::poll_fn(|cx| slot.poll_ended(cx)).await;
+            let ended = slot.ended().await;
             assert!(matches!(ended, Ended::TimedOut));
             let late = Instant::now().duration_since(deadline);
             assert!(

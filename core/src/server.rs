@@ -1,24 +1,48 @@
 //! The server's builder and its life: start, run, drain.
 
-use std::collections::BTreeMap;
+mod clutch;
+mod counters;
+mod desk;
+mod outbox;
+mod ownership;
+mod running;
+mod running_server;
+mod serving;
+
+pub use self::clutch::{Engagement, WhenDisengaged};
+pub use self::counters::ServerStats;
+pub(crate) use self::counters::{Counters, count};
+pub(crate) use self::outbox::Outbox;
+pub(crate) use self::running::Running;
+pub use self::running_server::RunningServer;
+use self::serving::Serving;
+
 use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::future::Future;
 use std::marker::PhantomData;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
-use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::client::{IntoServiceName, LazyClient};
-use crate::config::{self, ClientConfig, ServerConfig};
+use self::clutch::Clutch;
+use self::desk::{Desk, Owned, Served};
+use self::outbox::OutboxBounds;
+use self::ownership::Owner;
+use crate::client::{Client, IntoServiceName};
+use crate::config::{self, ClientConfig, Ownership, ServerConfig};
 use crate::error::{Error, ErrorKind};
 use crate::handler::{AnyHandler, Raw, RawHandler};
-use crate::name::{Method, ServiceName};
-use crate::service::{Counters, ServerStats, Service};
-use crate::transport::{SubscribeOptions, Subscription, SubscriptionEvent, Transport};
+use crate::name::{IntoNode, Method, Node, ServiceName};
+use crate::service::Service;
+use crate::transport::Transport;
 
 /// Serves requests: a builder, until it is started.
 ///
@@ -27,11 +51,9 @@ use crate::transport::{SubscribeOptions, Subscription, SubscriptionEvent, Transp
 pub struct Server {
     transport: Arc<dyn Transport>,
     config: ServerConfig,
+    node: Option<Node>,
     services: Result<BTreeMap<ServiceName, Handlers>, Error>,
 }
-
-/// How long what was told to end at once may take.
-const DROP_TIMEOUT: Duration = Duration::from_secs(1);
 
 type Handlers = BTreeMap<Option<Method>, Arc<dyn AnyHandler>>;
 
@@ -41,6 +63,7 @@ impl Server {
         Self {
             transport,
             config: ServerConfig::default(),
+            node: None,
             services: Ok(BTreeMap::new()),
         }
     }
@@ -117,7 +140,53 @@ impl Server {
 
     /// Serves its services alone: [`start`](Self::start) fails as `AlreadyOwned` while another one lives.
     pub fn exclusive(mut self) -> Self {
-        self.config.exclusive = true;
+        self.config.ownership = Ownership::Exclusive;
+        self
+    }
+
+    /// Serves its services alone, and [`start`](Self::start) waits while another one lives: it resolves when this one has
+    /// taken over, at the latest a quarter of a second after the other's ownership has ended.
+    pub fn standby(mut self) -> Self {
+        self.config.ownership = Ownership::Standby;
+        self
+    }
+
+    /// Serves its services alone, and asks who does so to hand over: that one takes no more requests, waits one
+    /// [`grace`](Self::grace) for the handlers that run, drops the others, whose requests go to this one, and ends as
+    /// `AlreadyOwned`. One that does not hear any more loses its ownership as after a kill.
+    pub fn take_over(mut self) -> Self {
+        self.config.ownership = Ownership::TakeOver;
+        self
+    }
+
+    /// The server's name among those of its services, which it then serves by that name as well:
+    /// `fib` and `fib@node-7`. Several servers may have one name, and share its requests. Default: a random name, by which
+    /// nobody can call it.
+    pub fn node(mut self, name: impl IntoNode) -> Self {
+        match name.into_node() {
+            Ok(node) => self.node = Some(node),
+            Err(error) => self.services = self.services.and(Err(error)),
+        }
+        self
+    }
+
+    /// After how long, and then how often, a caller is told that its handler still runs. Default: 5 s; at least 100 ms. A
+    /// caller that hears nothing for three times as long takes the server for lost.
+    pub fn heartbeat(mut self, every: Duration) -> Self {
+        self.config.heartbeat = every.clamp(Duration::from_millis(100), config::TIMEOUT_MAX);
+        self
+    }
+
+    /// What to do when the broker is away. Default: to wait for it.
+    pub fn when_disengaged(mut self, policy: WhenDisengaged) -> Self {
+        self.config.when_disengaged = policy;
+        self
+    }
+
+    /// How many replies that were finished while the broker was away are kept until it is back, or until their deadlines.
+    /// Default: 1024, and at most 64 MiB of bodies. What does not fit is dropped, and its request runs again.
+    pub fn outbox(mut self, replies: usize) -> Self {
+        self.config.outbox_replies = replies;
         self
     }
 
@@ -161,51 +230,108 @@ impl Server {
     /// `Invalid` for a bad name, a method that is handled twice, or no handler at all, before any I/O; `Connect` if the connection is
     /// lost and not back within 10 s; `AlreadyOwned` and others as of [`Transport::subscribe`]. If one service fails, none is served.
     pub async fn start(self) -> Result<RunningServer, Error> {
-        let services = self.services?;
+        let mut services = self.services?;
         if services.is_empty() {
             return Err(Error::not_executed(
                 ErrorKind::Invalid,
                 "a server without handlers",
             ));
         }
-        let options = match self.config.exclusive {
-            true => SubscribeOptions::exclusive(self.config.prefetch),
-            false => SubscribeOptions::shared(self.config.prefetch),
+        if let Some(node) = &self.node {
+            let at_node: Vec<_> = services
+                .iter()
+                .filter(|(name, _)| name.node().is_none())
+                .map(|(name, handlers)| Ok((name.at(node)?, handlers.clone())))
+                .collect::<Result<_, Error>>()?;
+            services.extend(at_node);
+        }
+        let node = self.node.unwrap_or_else(Node::random);
+        let (words, heard) = mpsc::channel(desk::BACKLOG_MAX);
+        let client = Client::open_at_desk(
+            Arc::clone(&self.transport),
+            ClientConfig::default()
+                .max_body(self.config.max_body)
+                // What a handler calls has the handler's own deadline.
+                .timeout(config::TIMEOUT_MAX),
+            Some(words),
+        )
+        .await?;
+        let owner = Owner {
+            transport: Arc::clone(&self.transport),
+            client: client.clone(),
+            config: self.config,
         };
-        let subscribe = async {
-            let mut subscriptions = Vec::with_capacity(services.len());
-            for (name, handlers) in services {
-                let subscription = self.transport.subscribe(&name, options).await?;
-                subscriptions.push((subscription, name, handlers));
-            }
-            Ok(subscriptions)
-        };
-        let subscriptions = config::bounded("subscribe", subscribe).await?;
+        let names: Vec<_> = services.keys().cloned().collect();
+        let subscriptions = owner.subscribe(&names).await?;
+        // Not before it serves: who stands by is not asked.
+        for name in names {
+            client.join(&name).await?;
+        }
 
         let (stop, kill) = (CancellationToken::new(), CancellationToken::new());
         let counters = Arc::new(Counters::default());
-        let client = Arc::new(LazyClient::new(
+        let running = Arc::new(Running::default());
+        let outbox = Outbox::new(
             Arc::clone(&self.transport),
-            ClientConfig::default().max_body(self.config.max_body),
-        ));
+            OutboxBounds {
+                replies: self.config.outbox_replies,
+                bytes: OUTBOX_BYTES,
+            },
+        );
+        let (engagement, shown) = watch::channel(Engagement::Engaged);
         let (handlers_running, mut loops) = (TaskTracker::new(), JoinSet::new());
-        for (subscription, name, handlers) in subscriptions {
-            let service = Service::new(
-                name,
+        let mut desk = Desk {
+            transport: Arc::clone(&self.transport),
+            config: self.config,
+            node: node.clone(),
+            services: HashMap::new(),
+            running: Arc::clone(&running),
+            counters: Arc::clone(&counters),
+            outbox: Arc::clone(&outbox),
+            handlers: handlers_running.clone(),
+            started: Instant::now(),
+        };
+        for (subscription, (name, handlers)) in subscriptions.into_iter().zip(services) {
+            let service = Arc::new(Service {
+                name: name.clone(),
+                node: node.clone(),
                 handlers,
-                self.config,
-                Arc::clone(&counters),
-                Arc::clone(&client),
-                kill.clone(),
-            );
-            loops.spawn(serve(
+                config: self.config,
+                counters: Arc::clone(&counters),
+                client: client.clone(),
+                running: Arc::clone(&running),
+                outbox: Arc::clone(&outbox),
+                kill: kill.child_token(),
+            });
+            let served = Served {
+                service,
+                own: TaskTracker::new(),
+                owned: Owned::default(),
+            };
+            desk.services.insert(name, served.clone());
+            let serving = Serving {
                 subscription,
-                Arc::new(service),
-                handlers_running.clone(),
-                stop.clone(),
-            ));
+                served,
+                all: handlers_running.clone(),
+                stop: stop.clone(),
+                owner: owner.clone(),
+            };
+            let shown = engagement.clone();
+            loops.spawn(async move {
+                let error = serving.run().await?;
+                let reason = error.to_string().into();
+                shown.send_replace(Engagement::Stopped { reason });
+                Some(error)
+            });
         }
-        let drain_timeout = self.config.drain_timeout;
+        let clutch = Clutch {
+            transport: self.transport,
+            policy: self.config.when_disengaged,
+            engagement,
+        };
+        loops.spawn(clutch.run(stop.clone()));
+        tokio::spawn(desk.run(heard, stop.clone(), kill.clone()));
+        tokio::spawn(Arc::clone(&outbox).run(kill.clone()));
         Ok(RunningServer {
             stop: stop.drop_guard(),
             kill: kill.drop_guard(),
@@ -213,7 +339,10 @@ impl Server {
             handlers: handlers_running,
             counters,
             client,
-            drain_timeout,
+            outbox,
+            node,
+            engagement: shown,
+            drain_timeout: self.config.drain_timeout,
         })
     }
 
@@ -230,12 +359,19 @@ impl Server {
     /// # Errors
     /// As of [`run`](Self::run); none after a clean shutdown.
     pub async fn run_until(self, shutdown: impl Future) -> Result<(), Error> {
-        let mut running = self.start().await?;
+        let mut shutdown = pin!(shutdown);
+        let mut running = tokio::select! {
+            running = self.start() => running?,
+            // It may have stood by.
+            _ = &mut shutdown => return Ok(()),
+        };
         tokio::select! {
             _ = shutdown => running.shutdown().await,
             error = running.over() => {
-                let drained = running.shutdown().await;
-                Err(drained.err().unwrap_or(error))
+                if let Err(drained) = running.shutdown().await {
+                    tracing::warn!(error = %drained, "a server that was over was not drained");
+                }
+                Err(error)
             }
         }
     }
@@ -278,97 +414,5 @@ impl fmt::Debug for Server {
     }
 }
 
-/// A server that serves. Dropping it stops it at once: its handlers are dropped, and their requests go to another server;
-/// [`shutdown`](Self::shutdown) is the gentle way.
-#[derive(Debug)]
-pub struct RunningServer {
-    stop: DropGuard,
-    kill: DropGuard,
-    loops: JoinSet<Error>,
-    handlers: TaskTracker,
-    counters: Arc<Counters>,
-    client: Arc<LazyClient>,
-    drain_timeout: Duration,
-}
-
-impl RunningServer {
-    /// What it has done so far.
-    #[must_use]
-    pub fn stats(&self) -> ServerStats {
-        self.counters.stats()
-    }
-
-    /// Waits until one of its services is no longer served without having been shut down, and says why.
-    ///
-    /// **Cancel safety**: dropping the future loses nothing.
-    pub async fn over(&mut self) -> Error {
-        match self.loops.join_next().await {
-            Some(Ok(error)) => error,
-            Some(Err(panic)) => Error::not_executed(
-                ErrorKind::Closed,
-                format!("the server's loop failed: {panic}"),
-            ),
-            None => Error::not_executed(ErrorKind::Closed, "the server is over"),
-        }
-    }
-
-    /// Drains: stops taking requests, gives back what was not started, waits for the handlers that run, with the calls that they
-    /// make, and then closes their reply path. The transport stays open.
-    ///
-    /// **Cancel safety**: dropping the future stops the server at once.
-    ///
-    /// # Errors
-    /// `DeadlineExceeded` if handlers still ran at the end of the drain timeout; they were dropped, and their requests go to
-    /// another server.
-    pub async fn shutdown(mut self) -> Result<(), Error> {
-        self.stop.disarm().cancel();
-        let drain = async {
-            while self.loops.join_next().await.is_some() {}
-            self.handlers.close();
-            self.handlers.wait().await;
-        };
-        let drained = tokio::time::timeout(self.drain_timeout, drain).await;
-        if drained.is_err() {
-            drop(self.kill);
-            self.loops.abort_all();
-            self.handlers.close();
-            // Those that block their thread cannot be dropped; nobody waits for them.
-            let _ = tokio::time::timeout(DROP_TIMEOUT, self.handlers.wait()).await;
-        }
-        let closed = tokio::time::timeout(DROP_TIMEOUT, self.client.close()).await;
-        drained.and(closed).map_err(|_| {
-            let message = format!(
-                "handlers still ran {:?} after the shutdown began",
-                self.drain_timeout
-            );
-            Error::maybe_executed(ErrorKind::DeadlineExceeded, message)
-        })
-    }
-}
-
-/// Takes deliveries of one service and has them served, until it is told to stop.
-async fn serve(
-    mut subscription: Box<dyn Subscription>,
-    service: Arc<Service>,
-    handlers: TaskTracker,
-    stop: CancellationToken,
-) -> Error {
-    loop {
-        let event = tokio::select! {
-            biased;
-            () = stop.cancelled() => break,
-            event = subscription.recv() => event,
-        };
-        match event {
-            SubscriptionEvent::Deliveries(deliveries) => {
-                service.start(deliveries, &handlers);
-            }
-            SubscriptionEvent::Closed(error) => {
-                tracing::warn!(service = %service.name(), %error, "no longer served");
-                return error;
-            }
-        }
-    }
-    subscription.stop().await;
-    Error::not_executed(ErrorKind::Closed, "the server was stopped")
-}
+/// The most bytes of replies that are kept while the broker is away.
+const OUTBOX_BYTES: usize = 64 * 1024 * 1024;

@@ -2,10 +2,10 @@
 
 use std::any::Any;
 use std::collections::BTreeMap;
+use std::fmt;
 use std::future::poll_fn;
 use std::panic::AssertUnwindSafe;
 use std::pin::{Pin, pin};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::task::{self, Poll, Waker};
 use std::time::Duration;
@@ -16,100 +16,59 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::client::LazyClient;
+use crate::client::Client;
 use crate::config::{self, ServerConfig};
 use crate::context::{self, Context};
 use crate::envelope::{CorrelationId, Outcome, Reply};
 use crate::error::{Error, ErrorKind, Executed};
 use crate::fault::{Code, Fault};
 use crate::handler::{AnyHandler, Failure, Response};
-use crate::name::{Method, ServiceName};
-use crate::transport::Delivery;
-
-/// What a server has done.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct ServerStats {
-    /// Requests that were given to a handler.
-    pub handled: u64,
-    /// Faults that were answered, whoever raised them.
-    pub faults: u64,
-    /// Requests that had expired when they were taken. Not started.
-    pub expired: u64,
-    /// Requests that were dead-lettered, having been delivered too often.
-    pub dead_lettered: u64,
-    /// Requests whose lease was lost before they were settled.
-    pub lost_leases: u64,
-    /// Requests that could not be settled for another reason; the broker delivers them again.
-    pub unsettled: u64,
-}
-
-#[derive(Debug, Default)]
-pub(crate) struct Counters {
-    handled: AtomicU64,
-    faults: AtomicU64,
-    expired: AtomicU64,
-    dead_lettered: AtomicU64,
-    lost_leases: AtomicU64,
-    unsettled: AtomicU64,
-}
-
-impl Counters {
-    pub(crate) fn stats(&self) -> ServerStats {
-        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        ServerStats {
-            handled: read(&self.handled),
-            faults: read(&self.faults),
-            expired: read(&self.expired),
-            dead_lettered: read(&self.dead_lettered),
-            lost_leases: read(&self.lost_leases),
-            unsettled: read(&self.unsettled),
-        }
-    }
-}
+use crate::name::{Method, Node, ReplyAddress, ServiceName};
+use crate::pending::Ended;
+use crate::server::{Counters, Outbox, Running, count};
+use crate::signal::{Signal, Signals};
+use crate::transport::{Delivery, Outbound};
 
 /// After so long, what was delivered together is served by tasks, so that timers and others get their turn.
 const IN_PLACE_MAX: Duration = Duration::from_micros(200);
 
 /// One service of one server.
 pub(crate) struct Service {
-    name: ServiceName,
-    handlers: BTreeMap<Option<Method>, Arc<dyn AnyHandler>>,
-    config: ServerConfig,
-    counters: Arc<Counters>,
-    client: Arc<LazyClient>,
+    pub(crate) name: ServiceName,
+    pub(crate) node: Node,
+    pub(crate) handlers: BTreeMap<Option<Method>, Arc<dyn AnyHandler>>,
+    pub(crate) config: ServerConfig,
+    pub(crate) counters: Arc<Counters>,
+    pub(crate) client: Client,
+    pub(crate) running: Arc<Running>,
+    pub(crate) outbox: Arc<Outbox>,
     /// Fires when the server stops waiting for its handlers.
-    kill: CancellationToken,
+    pub(crate) kill: CancellationToken,
+}
+
+impl fmt::Debug for Service {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Service")
+            .field("name", &self.name)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Service {
-    pub(crate) fn new(
-        name: ServiceName,
-        handlers: BTreeMap<Option<Method>, Arc<dyn AnyHandler>>,
-        config: ServerConfig,
-        counters: Arc<Counters>,
-        client: Arc<LazyClient>,
-        kill: CancellationToken,
-    ) -> Self {
-        Self {
-            name,
-            handlers,
-            config,
-            counters,
-            client,
-            kill,
-        }
-    }
-
     pub(crate) fn name(&self) -> &ServiceName {
         &self.name
     }
 
-    /// Serves deliveries, each in a task of its own.
+    /// Serves deliveries, each in a task of its own; those of `own` are among `all`.
     ///
     /// On a runtime of one thread those that end at their first poll, as most do whose handlers wait for nothing, cost no
     /// task. There they hold up nobody who could have run beside them; on several threads they might.
-    pub(crate) fn start(self: &Arc<Self>, deliveries: Vec<Delivery>, tasks: &TaskTracker) {
+    pub(crate) fn start(
+        self: &Arc<Self>,
+        deliveries: Vec<Delivery>,
+        all: &TaskTracker,
+        own: Option<&TaskTracker>,
+    ) {
         let started = Instant::now();
         let mut in_place = Handle::current().runtime_flavor() == RuntimeFlavor::CurrentThread;
         for delivery in deliveries {
@@ -123,12 +82,15 @@ impl Service {
                     continue;
                 }
             }
-            tasks.spawn(serving);
+            match own {
+                None => all.spawn(serving),
+                Some(own) => all.spawn(own.track_future(serving)),
+            };
         }
     }
 
     /// Takes one delivery to its end: dead letters, a refusal, or a handler's answer.
-    async fn serve(self: Arc<Self>, delivery: Delivery) {
+    pub(crate) async fn serve(self: Arc<Self>, delivery: Delivery) {
         let (id, wants_reply) = (
             delivery.request.id.clone(),
             delivery.request.reply_to.is_some(),
@@ -140,12 +102,28 @@ impl Service {
             let reply = wants_reply.then(|| Reply::fault(id, fault, Executed::Maybe));
             return self.settle(delivery.dead_letter(reason, reply)).await;
         }
+        if delivery.attempt > 1 {
+            count(&self.counters.redelivered);
+        }
+        // It was finished here when the broker was away.
+        if let Some(reply) = self.outbox.find(&id, delivery.request.reply_to.as_ref()) {
+            return self.settle(delivery.reply(Some(reply))).await;
+        }
+        match self.is_wanted(&delivery).await {
+            Wanted::Yes => {}
+            Wanted::No => {
+                count(&self.counters.cancelled);
+                return self.settle(delivery.reply(None)).await;
+            }
+            Wanted::Unheard => return self.settle(delivery.release()).await,
+            Wanted::NotOurs => return, // Dropped unsettled, as below.
+        }
         let Some(outcome) = self.outcome(&delivery).await else {
             return; // Dropped unsettled: the server is being killed, and the request goes to another one.
         };
         if wants_reply {
             let reply = self.reply(id, outcome);
-            return self.settle(delivery.reply(Some(reply))).await;
+            return self.send_reply(delivery, reply).await;
         }
         match outcome {
             // Nobody would hear of the refusal, and an accepted request is never silently gone.
@@ -165,23 +143,126 @@ impl Service {
         }
     }
 
-    /// Waits for a settlement, unless the server is killed meanwhile: once polled, it happens.
-    async fn settle(&self, settling: impl Future<Output = Result<(), Error>> + Send) {
-        let mut settling = pin!(settling);
-        let settled = match poll_once(settling.as_mut()).await {
-            Poll::Ready(settled) => Some(settled),
-            Poll::Pending => Box::pin(self.kill.run_until_cancelled(settling)).await,
+    /// Whether the caller gave the request up; asks it, if it wants to be.
+    async fn is_wanted(&self, delivery: &Delivery) -> Wanted {
+        let request = &delivery.request;
+        if self.running.was_given_up(&request.id) {
+            return Wanted::No;
+        }
+        match (&request.reply_to, request.signals) {
+            (Some(to), Signals::Offer) => Box::pin(self.offer(delivery, to)).await,
+            _ => Wanted::Yes,
+        }
+    }
+
+    /// Offers to start on a request, and waits for the word to. A caller that has given up says so, or is gone.
+    async fn offer(&self, delivery: &Delivery, to: &ReplyAddress) -> Wanted {
+        let id = CorrelationId::random();
+        let now = Instant::now();
+        let expires = delivery.expires.unwrap_or(now + OFFER_LASTS);
+        let (Some(number), true) = (id.as_u128(), expires > now) else {
+            // That it has expired is said as always.
+            return Wanted::Yes;
         };
-        let Some(settled) = settled else {
+        let given_up = CancellationToken::new();
+        let _entered = self.running.enter(&delivery.request.id, given_up.clone());
+        let deadline = expires.min(now + OFFER_LASTS);
+        let Ok((mut slot, address)) = self.client.pending().enter(number, deadline) else {
+            return Wanted::Unheard;
+        };
+        let offer = Signal::Offer {
+            node: self.node.clone(),
+            to: address,
+            id,
+        };
+        let answer = async {
+            if !self.say(delivery, to, offer).await {
+                return Wanted::No;
+            }
+            match slot.ended().await {
+                Ended::Reply(_) => Wanted::Yes,
+                _ if expires <= Instant::now() => Wanted::No,
+                // Somebody else may be heard.
+                _ => Wanted::Unheard,
+            }
+        };
+        tokio::select! {
+            biased;
+            wanted = answer => wanted,
+            () = given_up.cancelled() => Wanted::No,
+            () = sleep_until(deadline) => Wanted::Unheard,
+            () = delivery.lease.cancelled() => Wanted::NotOurs,
+            () = self.kill.cancelled() => Wanted::NotOurs,
+        }
+    }
+
+    /// Says something about a request to its caller. False if it is known to be gone.
+    async fn say(&self, delivery: &Delivery, to: &ReplyAddress, signal: Signal) -> bool {
+        let message = Outbound::Reply {
+            to: to.clone(),
+            reply: Reply::signal(delivery.request.id.clone(), signal),
+        };
+        match self.client.transport().send(message).await {
+            Err(error) => error.kind() != ErrorKind::NoResponder,
+            Ok(()) => true,
+        }
+    }
+
+    /// Replies and settles. A reply that the connection was lost under is kept until it is back.
+    async fn send_reply(&self, delivery: Delivery, reply: Reply) {
+        let expires = delivery.expires;
+        let kept = delivery
+            .request
+            .reply_to
+            .clone()
+            .map(|to| (to, reply.clone()));
+        let Some(Err(error)) = self.settled(delivery.reply(Some(reply))).await else {
             return;
         };
-        if let Err(error) = settled {
+        let kept = kept.is_some_and(|(to, reply)| {
+            let expires = expires.unwrap_or_else(|| Instant::now() + self.config.default_timeout);
             match error.kind() {
-                ErrorKind::LostLease => count(&self.counters.lost_leases),
-                _ => count(&self.counters.unsettled),
+                ErrorKind::ConnectionLost => self.outbox.keep(to, reply, expires),
+                // Not ours to send any more; but should the request come here again, it need not run again.
+                ErrorKind::LostLease => {
+                    self.outbox.remember(to, reply, expires);
+                    false
+                }
+                _ => false,
             }
-            tracing::warn!(service = %self.name, %error, "a request was not settled");
+        });
+        if kept {
+            tracing::info!(service = %self.name, %error, "a reply is kept until the broker is back");
+        } else {
+            self.unsettled(&error);
         }
+    }
+
+    /// Waits for a settlement, unless the server is killed meanwhile: once polled, it happens.
+    async fn settle(&self, settling: impl Future<Output = Result<(), Error>> + Send) {
+        if let Some(Err(error)) = self.settled(settling).await {
+            self.unsettled(&error);
+        }
+    }
+
+    /// How a settlement ended; none if the server was killed meanwhile.
+    async fn settled(
+        &self,
+        settling: impl Future<Output = Result<(), Error>> + Send,
+    ) -> Option<Result<(), Error>> {
+        let mut settling = pin!(settling);
+        match poll_once(settling.as_mut()).await {
+            Poll::Ready(settled) => Some(settled),
+            Poll::Pending => Box::pin(self.kill.run_until_cancelled(settling)).await,
+        }
+    }
+
+    fn unsettled(&self, error: &Error) {
+        match error.kind() {
+            ErrorKind::LostLease => count(&self.counters.lost_leases),
+            _ => count(&self.counters.unsettled),
+        }
+        tracing::warn!(service = %self.name, %error, "a request was not settled");
     }
 
     /// The handler's answer, or why there is none; `None` if the request is no longer ours to start or to settle.
@@ -202,7 +283,9 @@ impl Service {
         let cancelled = Arc::clone(&context.inner);
         let running =
             AssertUnwindSafe(handler.handle(delivery.request.body.clone(), context)).catch_unwind();
-        let ended = match self.supervise(running, &delivery.lease, &cancelled).await {
+        let supervised = self.supervise(running, delivery, &cancelled).await;
+        self.counters.took(now.elapsed());
+        let ended = match supervised {
             Supervised::Ended(Ok(Err(Failure::Undecodable(reason)))) => {
                 let fault = Fault::new(Code::InvalidArgument, reason);
                 return Some(Err(Failed::refused(fault, delivery.attempt)));
@@ -217,12 +300,15 @@ impl Service {
                     format!("the handler panicked: {message}"),
                 ))
             }
-            Supervised::Overdue => {
+            Supervised::Overdue(why) => {
                 tracing::warn!(service = %self.name, "a handler did not end after its cancellation and was dropped");
-                Err(Fault::new(
-                    Code::DeadlineExceeded,
-                    "the handler did not end by the deadline",
-                ))
+                Err(match why {
+                    Why::Deadline => Fault::new(
+                        Code::DeadlineExceeded,
+                        "the handler did not end by the deadline",
+                    ),
+                    Why::GivenUp => Fault::new(Code::Cancelled, "the caller gave the call up"),
+                })
             }
             Supervised::Killed => return None,
         };
@@ -262,44 +348,74 @@ impl Service {
             })
     }
 
-    /// Runs a handler, firing its cancellation at the deadline or when its lease is lost. A handler that is ready at
-    /// its first poll costs no timer.
+    /// Runs a handler, firing its cancellation at the deadline, when its lease is lost, and when its caller has given up or is
+    /// gone; and says meanwhile that it runs. A handler that is ready at its first poll costs none of that.
     async fn supervise<T>(
         &self,
         running: impl Future<Output = T> + Send,
-        lease: &CancellationToken,
+        delivery: &Delivery,
         context: &context::Inner,
     ) -> Supervised<T> {
         let mut running = pin!(running);
         match poll_once(running.as_mut()).await {
             Poll::Ready(ended) => Supervised::Ended(ended),
             // Kept apart, so that the many requests that do not come here carry no place for it.
-            Poll::Pending => Box::pin(self.supervise_long(running, lease, context)).await,
+            Poll::Pending => Box::pin(self.supervise_long(running, delivery, context)).await,
         }
     }
 
     async fn supervise_long<T>(
         &self,
         mut running: Pin<&mut (impl Future<Output = T> + Send)>,
-        lease: &CancellationToken,
+        delivery: &Delivery,
         context: &context::Inner,
     ) -> Supervised<T> {
-        tokio::select! {
+        let given_up = CancellationToken::new();
+        let _entered = self.running.enter(&delivery.request.id, given_up.clone());
+        let why = tokio::select! {
             biased;
             ended = &mut running => return Supervised::Ended(ended),
-            () = sleep_until(context.deadline) => {}
-            () = lease.cancelled() => {}
+            () = sleep_until(context.deadline) => Why::Deadline,
+            () = delivery.lease.cancelled() => Why::Deadline,
+            () = given_up.cancelled() => Why::GivenUp,
+            () = self.heartbeats(delivery) => Why::GivenUp,
             () = self.kill.cancelled() => {
                 context.cancellation().cancel();
                 return Supervised::Killed;
             }
-        }
+        };
         context.cancellation().cancel();
         tokio::select! {
             biased;
             ended = &mut running => Supervised::Ended(ended),
-            () = sleep_until(Instant::now() + self.config.grace) => Supervised::Overdue,
+            () = sleep_until(Instant::now() + self.config.grace) => Supervised::Overdue(why),
             () = self.kill.cancelled() => Supervised::Killed,
+        }
+    }
+
+    /// Says again and again that the handler runs. Ends only if the caller is gone.
+    async fn heartbeats(&self, delivery: &Delivery) {
+        let (Some(to), Signals::Running | Signals::Offer) =
+            (&delivery.request.reply_to, delivery.request.signals)
+        else {
+            return std::future::pending().await;
+        };
+        let every = self.config.heartbeat;
+        // Whoever waits has heard nothing since the server died that had it before.
+        let mut next = match delivery.attempt {
+            1 => Instant::now() + every,
+            _ => Instant::now(),
+        };
+        loop {
+            sleep_until(next).await;
+            let signal = Signal::Running {
+                node: self.node.clone(),
+                every,
+            };
+            if !self.say(delivery, to, signal).await {
+                return;
+            }
+            next = (next + every).max(Instant::now());
         }
     }
 
@@ -314,7 +430,8 @@ impl Service {
             attempt: delivery.attempt,
             deadline,
             cancellation: OnceLock::new(),
-            client: Arc::clone(&self.client),
+            client: self.client.clone(),
+            progress: (request.signals != Signals::None).then(|| self.node.clone()),
         };
         Context {
             inner: Arc::new(inner),
@@ -333,6 +450,7 @@ impl Service {
                     outcome: Outcome::Value,
                     headers,
                     content_type,
+                    node: None,
                     body,
                 };
             }
@@ -356,6 +474,17 @@ impl Service {
     }
 }
 
+/// Whether a request is to be started.
+enum Wanted {
+    Yes,
+    /// Its caller has given it up, or is gone.
+    No,
+    /// Its caller could not be asked in time.
+    Unheard,
+    /// It is another server's now.
+    NotOurs,
+}
+
 /// Why there is no answer.
 struct Failed {
     fault: Fault,
@@ -377,16 +506,23 @@ impl Failed {
 enum Supervised<T> {
     Ended(T),
     /// Cancelled, and not ended within the grace.
-    Overdue,
+    Overdue(Why),
     Killed,
 }
 
-async fn poll_once<T>(mut future: Pin<&mut impl Future<Output = T>>) -> Poll<T> {
-    poll_fn(|cx| Poll::Ready(future.as_mut().poll(cx))).await
+/// Why a handler was cancelled.
+enum Why {
+    /// Its deadline has passed, or its lease is lost.
+    Deadline,
+    /// Its caller has given up, or is gone.
+    GivenUp,
 }
 
-fn count(counter: &AtomicU64) {
-    counter.fetch_add(1, Ordering::Relaxed);
+/// How long an offer waits for its answer.
+const OFFER_LASTS: Duration = Duration::from_secs(10);
+
+async fn poll_once<T>(mut future: Pin<&mut impl Future<Output = T>>) -> Poll<T> {
+    poll_fn(|cx| Poll::Ready(future.as_mut().poll(cx))).await
 }
 
 fn panic_message(panic: &(dyn Any + Send)) -> &str {

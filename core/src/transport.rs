@@ -1,4 +1,4 @@
-//! The contract between core and a broker: six operations that move messages and know nothing of calls.
+//! The contract between core and a broker: eight operations that move messages and know nothing of calls.
 //!
 //! Correlation, deadlines, duplicates, faults and typed bodies live above it, once. Every promise below names
 //! the conformance cases that check it; `docs/writing-a-transport.md` is the guided tour.
@@ -34,7 +34,7 @@ pub trait Transport: Debug + Send + Sync + 'static {
     ///
     /// **Resolves when** the broker has accepted it. While disconnected or blocked it waits for the connection; the time
     /// that a request waits here comes off the budget that it travels with, and one that has none left is not sent.
-    /// A reply to an inbox that is gone is accepted and dropped.
+    /// A reply to an inbox that is gone is dropped: `NoResponder` if the broker can tell, else nothing.
     /// **Concurrency**: any number at once; what is pending is moved in batches, never waiting for a batch to fill.
     /// **Cancel safety**: dropping the future does not unsend, and leaks nothing. A request is withdrawn by its
     /// [`Ticket`], which the transport commits right before the first byte may leave.
@@ -45,6 +45,27 @@ pub trait Transport: Debug + Send + Sync + 'static {
     /// *Checked by* `round_trip/*`, `no_responder/*`, `deadlines/waiting_to_be_sent_counts`,
     /// `reconnect/blocked_requests_are_not_sent_late`.
     async fn send(&self, message: Outbound) -> Result<(), Error>;
+
+    /// Sends a request to the inbox of every live server that has [joined](Inbox::join) the service. Nobody queues it: who comes
+    /// later does not get it.
+    ///
+    /// **Resolves when** the broker has accepted it, with how many servers are to get it, if the broker can tell.
+    /// While disconnected it waits for the connection, but not longer than the request's budget.
+    /// **Cancel safety**: dropping the future does not unsend. **After close**: `Closed`.
+    /// **Errors**: as of [`send`](Self::send); nobody there is no error, but zero.
+    /// *Checked by* `nodes/*`, `cancel/*`.
+    async fn broadcast(
+        &self,
+        service: &ServiceName,
+        request: Request,
+    ) -> Result<Option<usize>, Error>;
+
+    /// Takes a request back out of its service's queue, if it is still there and the broker allows it.
+    ///
+    /// **Resolves to** true if it was there and is gone: no server has it or will. False is no promise of anything.
+    /// **After close**: `Closed`. **Errors**: as of [`send`](Self::send).
+    /// *Checked by* `cancel/*`.
+    async fn withdraw(&self, service: &ServiceName, id: &CorrelationId) -> Result<bool, Error>;
 
     /// Opens a private reply address.
     ///
@@ -83,6 +104,8 @@ pub trait Transport: Debug + Send + Sync + 'static {
 pub struct Capabilities {
     /// A server that lost its lease cannot reply. Enables `redelivery/lost_lease_cannot_reply`.
     pub fenced_replies: bool,
+    /// A request that nobody has can be taken back. Enables `cancel/given_up_is_withdrawn`.
+    pub withdrawal: bool,
 }
 
 impl Capabilities {
@@ -91,6 +114,7 @@ impl Capabilities {
     pub const fn none() -> Self {
         Self {
             fenced_replies: false,
+            withdrawal: false,
         }
     }
 
@@ -98,6 +122,13 @@ impl Capabilities {
     #[must_use]
     pub const fn with_fenced_replies(mut self) -> Self {
         self.fenced_replies = true;
+        self
+    }
+
+    /// The same, with withdrawal.
+    #[must_use]
+    pub const fn with_withdrawal(mut self) -> Self {
+        self.withdrawal = true;
         self
     }
 }
@@ -151,6 +182,14 @@ pub trait Inbox: Debug + Send {
     /// The present address. It changes only with an [`InboxEvent::Lost`].
     fn address(&self) -> ReplyAddress;
 
+    /// From now on what is [broadcast](Transport::broadcast) to a service arrives here too, as [`Incoming::Request`].
+    /// An inbox that is restored or gets a new address is joined again.
+    ///
+    /// **Resolves when** it is live. **Cancel safety**: dropping the future leaves it joined or not.
+    /// **Errors**: as of [`Transport::open_inbox`].
+    /// *Checked by* `nodes/*`.
+    async fn join(&mut self, service: &ServiceName) -> Result<(), Error>;
+
     /// Waits for the next event, and takes all replies that are there, up to a bound of the transport's.
     ///
     /// **Cancel safety**: a reply is not lost by dropping the future.
@@ -172,11 +211,18 @@ pub enum InboxEvent {
     Closed(Error),
 }
 
-/// A reply, or what was left of one.
+/// What arrived at an inbox: a reply, what was left of one, or what was said to every server of a service.
 #[derive(Debug)]
 pub enum Incoming {
     /// A reply.
     Reply(Reply),
+    /// A request to every server of a service that the inbox has joined.
+    Request {
+        /// The service.
+        service: ServiceName,
+        /// The request. Its budget is what is left as the broker judges it, or what it was when it was sent.
+        request: Request,
+    },
     /// Something that is not a reply.
     Undecodable {
         /// The id, if that much could be read.

@@ -176,6 +176,7 @@ impl Held {
             }
         };
         Some(Message {
+            exchange: ShortString::default(),
             queue,
             properties,
             body,

@@ -4,10 +4,11 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use antiphon_core::transport::{Inbox, InboxEvent};
-use antiphon_core::{Error, ErrorKind, ReplyAddress};
+use antiphon_core::transport::{Inbox, InboxEvent, Incoming};
+use antiphon_core::{Error, ErrorKind, ReplyAddress, ServiceName};
 use async_trait::async_trait;
 use futures_util::{FutureExt, StreamExt};
+use lapin::message::Delivery;
 use lapin::options::{BasicConsumeOptions, QueueDeclareOptions, QueueDeleteOptions};
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{Channel, Consumer};
@@ -16,9 +17,10 @@ use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::error::{Failure, RESOURCE_LOCKED, closed};
+use crate::joined::{self, Joined};
 use crate::link::{Link, LinkState, Session, backoff, bounded};
 use crate::message;
-use crate::naming;
+use crate::naming::{self, TO_ALL};
 use crate::recovery::{Member, Members, Role};
 
 /// The most replies that are handed over at once.
@@ -39,13 +41,16 @@ const NEVER: u64 = 0;
 pub(crate) struct AmqpInbox {
     address: ReplyAddress,
     consumer: Option<Consumer>,
-    session: u64,
+    session: Arc<Session>,
+    joined: Joined,
     member: Member,
     /// Tells the keeper that the consumer of this session ended.
     ended: mpsc::UnboundedSender<u64>,
     restored: mpsc::UnboundedReceiver<Restored>,
     /// The consumer ended, which the keeper and the owner are still to be told.
     ended_here: bool,
+    /// Replies were lost, and the keeper told, which the owner is still to be.
+    untold: bool,
     /// The last event told of a new consumer, which the owner has worked off when it asks for the next one.
     announced: bool,
 }
@@ -54,7 +59,7 @@ pub(crate) struct AmqpInbox {
 struct Restored {
     address: ReplyAddress,
     consumer: Consumer,
-    session: u64,
+    session: Arc<Session>,
 }
 
 impl AmqpInbox {
@@ -65,11 +70,12 @@ impl AmqpInbox {
         closing: CancellationToken,
     ) -> Result<(Self, impl Future<Output = ()> + Send + use<>), Error> {
         let mut name = naming::random_inbox();
+        let joined = Joined::default();
         let (session, open) = loop {
             let Some(session) = link.next_session().await else {
                 return Err(closed());
             };
-            match declare(&session, &mut name).await {
+            match declare(&session, &mut name, &joined).await {
                 Ok(open) => break (session, open),
                 Err(failure) if failure.is_final() => {
                     return Err(failure.into_error("opening an inbox"));
@@ -83,18 +89,21 @@ impl AmqpInbox {
         let inbox = Self {
             address: ReplyAddress::new(&name)?,
             consumer: Some(consumer),
-            session: session.number,
+            joined: joined.clone(),
             member: members.enter(Role::Inbox, session.number),
             ended,
             restored,
             ended_here: false,
+            untold: false,
             announced: false,
+            session: Arc::clone(&session),
         };
         let keeper = Keeper {
             link,
             name,
             channel,
             session: session.number,
+            joined,
             ended: ended_receiver,
             restored: restored_sender,
             closing,
@@ -114,7 +123,7 @@ impl AmqpInbox {
     /// Tells the keeper that the consumer ended, and the owner that replies were lost; or that it is over.
     fn end(&mut self) -> InboxEvent {
         self.member.ready(NEVER);
-        match self.ended.send(self.session) {
+        match self.ended.send(self.session.number) {
             Ok(()) => lost(),
             Err(_) => InboxEvent::Closed(closed()),
         }
@@ -133,10 +142,40 @@ impl Inbox for AmqpInbox {
         self.address.clone()
     }
 
+    async fn join(&mut self, service: &ServiceName) -> Result<(), Error> {
+        let key = naming::all_of(service);
+        self.joined.enter(&key);
+        loop {
+            let queue = ShortString::from(self.address.as_str());
+            match joined::bind_live(&self.session, &queue, &key).await {
+                Ok(()) => return Ok(()),
+                Err(failure) if failure.is_final() => {
+                    self.joined.leave(&key);
+                    return Err(failure.into_error("joining a service"));
+                }
+                Err(failure) => tracing::debug!(%failure, %service, "not yet joined"),
+            }
+            // The queue is gone, or its connection. The keeper, if it does not know yet, declares it anew.
+            self.consumer = None;
+            self.untold = true;
+            if let InboxEvent::Closed(error) = self.end() {
+                return Err(error);
+            }
+            let Some(restored) = self.restored.recv().await else {
+                return Err(closed());
+            };
+            self.restore(restored);
+        }
+    }
+
     async fn recv(&mut self) -> InboxEvent {
         if std::mem::take(&mut self.announced) {
             // Requests flow again only now: those that were held back have heard of the new address.
-            self.member.ready(self.session);
+            self.member.ready(self.session.number);
+        }
+        if std::mem::take(&mut self.untold) {
+            self.announced = self.consumer.is_some();
+            return lost();
         }
         loop {
             if std::mem::take(&mut self.ended_here) {
@@ -151,7 +190,7 @@ impl Inbox for AmqpInbox {
                     self.announced = true;
                     return lost();
                 }
-                self.member.ready(self.session);
+                self.member.ready(self.session.number);
                 continue;
             };
             let mut next = tokio::select! {
@@ -174,7 +213,7 @@ impl Inbox for AmqpInbox {
                     self.ended_here = true;
                     break;
                 };
-                replies.push(message::decode_reply(&delivery.properties, delivery.data));
+                replies.extend(decode(delivery));
                 next = match &mut self.consumer {
                     Some(consumer) if replies.len() < BATCH => consumer.next().now_or_never(),
                     _ => None,
@@ -191,9 +230,20 @@ impl fmt::Debug for AmqpInbox {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("AmqpInbox")
             .field("address", &self.address)
-            .field("session", &self.session)
+            .field("session", &self.session.number)
             .finish_non_exhaustive()
     }
+}
+
+/// What arrived, if it is for us.
+fn decode(delivery: Delivery) -> Option<Incoming> {
+    if delivery.exchange.as_str() == TO_ALL
+        && let Some(service) = naming::service_of_all(delivery.routing_key.as_str())
+    {
+        let request = message::decode_broadcast(service, &delivery.properties, delivery.data);
+        return Some(request);
+    }
+    message::decode_reply(&delivery.properties, delivery.data)
 }
 
 /// Restores the inbox on the next connection, and removes its queue in the end.
@@ -202,6 +252,7 @@ struct Keeper {
     name: String,
     channel: Channel,
     session: u64,
+    joined: Joined,
     ended: mpsc::UnboundedReceiver<u64>,
     restored: mpsc::UnboundedSender<Restored>,
     closing: CancellationToken,
@@ -240,14 +291,14 @@ impl Keeper {
         let mut attempt = 0;
         loop {
             let session = self.link.next_session().await?;
-            match declare(&session, &mut self.name).await {
+            match declare(&session, &mut self.name, &self.joined).await {
                 Ok((channel, consumer)) => {
                     self.channel = channel;
                     self.session = session.number;
                     return Some(Restored {
                         address: ReplyAddress::new(&self.name).ok()?,
                         consumer,
-                        session: session.number,
+                        session,
                     });
                 }
                 Err(failure) => {
@@ -280,8 +331,12 @@ async fn session_over(link: &mut Link, session: u64) {
     let _ = changed.await;
 }
 
-/// Declares the inbox and consumes from it. Takes another name if the broker does not let go of this one.
-async fn declare(session: &Session, name: &mut String) -> Result<(Channel, Consumer), Failure> {
+/// Declares the inbox, joins it again, and consumes from it. Takes another name if the broker does not let go of this one.
+async fn declare(
+    session: &Session,
+    name: &mut String,
+    joined: &Joined,
+) -> Result<(Channel, Consumer), Failure> {
     let patience = Instant::now() + RELEASE_TIMEOUT;
     loop {
         let channel = session.channel().await?;
@@ -306,6 +361,7 @@ async fn declare(session: &Session, name: &mut String) -> Result<(Channel, Consu
             }
             Err(failure) => return Err(failure),
         }
+        joined.bind_all(&channel, &queue).await?;
         let options = BasicConsumeOptions {
             no_ack: true,
             ..BasicConsumeOptions::default()

@@ -100,6 +100,9 @@ impl Intake {
         lingering: Lingering,
     ) -> Result<Self, Failure> {
         let names = &plan.names;
+        if lingering == Lingering::AGAIN {
+            topology::refuse_owned(&session, names).await?;
+        }
         for queue in [&names.main, &names.retry] {
             topology::ensure(&session, &plan.config, names, queue).await?;
         }

@@ -3,6 +3,7 @@
 
 mod absent;
 mod acker;
+mod broadcast;
 mod config;
 mod courier;
 mod dial;
@@ -12,6 +13,7 @@ mod harness;
 mod held;
 mod inbox;
 mod intake;
+mod joined;
 mod link;
 mod message;
 mod naming;
@@ -19,6 +21,7 @@ mod outlet;
 mod prober;
 mod publisher;
 mod recovery;
+mod refused;
 mod settle;
 mod subscription;
 mod topology;

@@ -4,8 +4,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use antiphon_core::transport::Incoming;
 use antiphon_core::{
-    ContentType, CorrelationId, Deadline, Executed, Fault, Headers, Method, Outcome, Reply,
-    ReplyAddress, Request,
+    ContentType, CorrelationId, Deadline, Executed, Fault, Headers, Method, Node, Outcome, Reply,
+    ReplyAddress, Request, ServiceName, Signal, Signals,
 };
 use bytes::Bytes;
 use lapin::BasicProperties;
@@ -13,10 +13,16 @@ use lapin::types::{AMQPValue, FieldTable, ShortString};
 
 /// On requests of ours: the peer understands our headers. Its absence means a plain peer.
 const VERSION: &str = "antiphon-version";
-/// On replies that are not a value: `fault`.
+/// On requests that no handler is to be started for before the caller says so: `1`.
+const OFFER: &str = "antiphon-offer";
+/// On replies that are not a value: `fault` or `signal`.
 const OUTCOME: &str = "antiphon-outcome";
 /// Beside it: `no`, `maybe` or `yes`.
 const EXECUTED: &str = "antiphon-executed";
+/// On signals: what is said, as one line of JSON.
+const SIGNAL: &str = "antiphon-signal";
+/// On replies to what every server of a service was asked: whose it is.
+const NODE: &str = "antiphon-node";
 /// On requests in a retry queue: which attempt the next one is.
 const ATTEMPT: &str = "antiphon-attempt";
 /// On dead letters: why.
@@ -26,6 +32,8 @@ const REASON: &str = "antiphon-reason";
 const REASON_MAX: usize = 1024;
 
 const FAULT: &str = "fault";
+const SIGNALLED: &str = "signal";
+const OFFERED: &str = "1";
 
 /// Kept on disk where the queue is.
 const PERSISTENT: u8 = 2;
@@ -43,6 +51,9 @@ pub(crate) fn transient(properties: BasicProperties) -> BasicProperties {
 pub(crate) fn encode_request(request: &Request, remaining: Option<Duration>) -> BasicProperties {
     let mut table = encode_headers(&request.headers);
     table.insert(VERSION.into(), text("1"));
+    if request.signals == Signals::Offer {
+        table.insert(OFFER.into(), text(OFFERED));
+    }
     let mut properties = BasicProperties::default()
         .with_headers(table)
         .with_delivery_mode(PERSISTENT)
@@ -75,14 +86,26 @@ pub(crate) fn encode_reply(
     let mut table = encode_headers(&reply.headers);
     let mut content_type = reply.content_type.clone();
     let mut body = reply.body.clone();
-    if let Outcome::Fault { fault, executed } = &reply.outcome {
-        body = fault.to_body();
-        if plain {
-            content_type = Some(ContentType::JSON);
-        } else {
-            table.insert(OUTCOME.into(), text(FAULT));
-            table.insert(EXECUTED.into(), text(executed.as_str()));
+    match &reply.outcome {
+        Outcome::Fault { fault, executed } => {
+            body = fault.to_body();
+            if plain {
+                content_type = Some(ContentType::JSON);
+            } else {
+                table.insert(OUTCOME.into(), text(FAULT));
+                table.insert(EXECUTED.into(), text(executed.as_str()));
+            }
         }
+        Outcome::Signal(signal) => {
+            table.insert(OUTCOME.into(), text(SIGNALLED));
+            table.insert(SIGNAL.into(), text(&signal.to_text()));
+        }
+        _ => {}
+    }
+    if let Some(node) = &reply.node
+        && !plain
+    {
+        table.insert(NODE.into(), text(node.as_str()));
     }
     let mut properties = BasicProperties::default();
     if !table.inner().is_empty() {
@@ -97,47 +120,57 @@ pub(crate) fn encode_reply(
     (properties, body)
 }
 
-/// What a message in an inbox is.
-pub(crate) fn decode_reply(properties: &BasicProperties, body: Vec<u8>) -> Incoming {
+/// What a message in an inbox is that was sent to the inbox itself; `None` for what a later version has to say before its reply.
+pub(crate) fn decode_reply(properties: &BasicProperties, body: Vec<u8>) -> Option<Incoming> {
+    let undecodable = |id, reason| Some(Incoming::Undecodable { id, reason });
     let Some(id) = properties.correlation_id() else {
-        let reason = "a reply without correlation id".to_owned();
-        return Incoming::Undecodable { id: None, reason };
+        return undecodable(None, "a reply without correlation id".to_owned());
     };
     let id = match CorrelationId::parse(id.as_str()) {
         Ok(id) => id,
-        Err(error) => {
-            let reason = error.message().to_owned();
-            return Incoming::Undecodable { id: None, reason };
-        }
+        Err(error) => return undecodable(None, error.message().to_owned()),
     };
     let (outcome, body) = match find(properties, OUTCOME) {
         None => (Outcome::Value, Bytes::from(body)),
         Some(FAULT) => {
             let Some(fault) = Fault::from_body(&body) else {
-                let reason = "a fault that is not one".to_owned();
-                return Incoming::Undecodable {
-                    id: Some(id),
-                    reason,
-                };
+                return undecodable(Some(id), "a fault that is not one".to_owned());
             };
             let executed = find(properties, EXECUTED).map_or(Executed::Maybe, Executed::parse);
             (Outcome::Fault { fault, executed }, Bytes::new())
         }
+        Some(SIGNALLED) => {
+            let signal = Signal::parse(find(properties, SIGNAL)?)?;
+            (Outcome::Signal(signal), Bytes::from(body))
+        }
         Some(other) => {
             let reason = format!("a reply with the unknown outcome {other:?}");
-            return Incoming::Undecodable {
-                id: Some(id),
-                reason,
-            };
+            return undecodable(Some(id), reason);
         }
     };
-    Incoming::Reply(Reply {
+    Some(Incoming::Reply(Reply {
         id,
         outcome,
         headers: decode_headers(properties),
         content_type: decode_content_type(properties),
+        node: find(properties, NODE).and_then(|node| Node::new(node).ok()),
         body,
-    })
+    }))
+}
+
+/// What a message in an inbox is that was sent to every server of a service.
+pub(crate) fn decode_broadcast(
+    service: &str,
+    properties: &BasicProperties,
+    body: Vec<u8>,
+) -> Incoming {
+    let service = ServiceName::new(service).map_err(|error| error.message().to_owned());
+    let decoded = service.and_then(|service| {
+        let request = decode_request(properties, Bytes::from(body))?;
+        Ok(Incoming::Request { service, request })
+    });
+    // Without its id: it is no answer to anything of ours.
+    decoded.unwrap_or_else(|reason| Incoming::Undecodable { id: None, reason })
 }
 
 /// What a message in a service's queue is.
@@ -179,6 +212,7 @@ pub(crate) fn decode_request(properties: &BasicProperties, body: Bytes) -> Resul
         method,
         headers: decode_headers(properties),
         content_type: decode_content_type(properties),
+        signals: decode_signals(properties),
         body,
     })
 }
@@ -315,6 +349,15 @@ fn decode_headers(properties: &BasicProperties) -> Headers {
     headers
 }
 
+/// A plain peer would take a signal for the reply.
+fn decode_signals(properties: &BasicProperties) -> Signals {
+    match find(properties, OFFER) {
+        _ if is_plain(properties) => Signals::None,
+        Some(OFFERED) => Signals::Offer,
+        _ => Signals::Running,
+    }
+}
+
 fn decode_content_type(properties: &BasicProperties) -> Option<ContentType> {
     let content_type = properties.content_type().as_ref()?;
     ContentType::new(content_type.as_str()).ok()
@@ -374,6 +417,7 @@ mod tests {
             (&got.headers, &got.content_type, &got.body),
             (&sent.headers, &sent.content_type, &sent.body)
         );
+        assert_eq!(got.signals, Signals::Running);
         let deadline = got.deadline.unwrap();
         assert_eq!(deadline.budget, Duration::from_secs(2));
         let late = SystemTime::now() + Duration::from_secs(2);
@@ -412,7 +456,7 @@ mod tests {
             (find(&properties, OUTCOME), find(&properties, EXECUTED)),
             (Some("fault"), Some("yes"))
         );
-        let Incoming::Reply(got) = decode_reply(&properties, body.to_vec()) else {
+        let Some(Incoming::Reply(got)) = decode_reply(&properties, body.to_vec()) else {
             panic!("a reply");
         };
         assert_eq!(
@@ -445,17 +489,95 @@ mod tests {
             (request.deadline, request.method, request.content_type),
             (None, None, None)
         );
+        assert_eq!(request.signals, Signals::None);
         let reply = decode_reply(
             &BasicProperties::default().with_correlation_id("1".into()),
             b"x".to_vec(),
         );
         assert!(matches!(
             reply,
-            Incoming::Reply(Reply {
+            Some(Incoming::Reply(Reply {
                 outcome: Outcome::Value,
+                node: None,
                 ..
-            })
+            }))
         ));
+    }
+
+    #[test]
+    fn golden_offer() {
+        let mut asked = request();
+        asked.signals = Signals::Offer;
+        let properties = encode_request(&asked, None);
+        assert_eq!(find(&properties, "antiphon-offer"), Some("1"));
+        let got = |properties| {
+            decode_request(properties, Bytes::new())
+                .map(|request| request.signals)
+                .unwrap()
+        };
+        assert_eq!(got(&properties), Signals::Offer);
+        // Whoever has it next is still to offer it.
+        assert_eq!(got(&forward(&properties, 2, None, true)), Signals::Offer);
+        assert_eq!(find(&encode_request(&request(), None), OFFER), None);
+    }
+
+    #[test]
+    fn golden_signal() {
+        let node = Node::new("n1").unwrap();
+        let every = Duration::from_secs(5);
+        let mut said = Reply::signal(
+            request().id,
+            Signal::Running {
+                node: node.clone(),
+                every,
+            },
+        );
+        said.body = Bytes::from_static(b"half");
+        let (properties, body) = encode_reply(&said, Some("7".into()), false);
+        let signal = r#"{"signal":"running","node":"n1","every_ms":5000}"#;
+        assert_eq!(
+            (find(&properties, OUTCOME), find(&properties, SIGNAL)),
+            (Some("signal"), Some(signal))
+        );
+        let Some(Incoming::Reply(got)) = decode_reply(&properties, body.to_vec()) else {
+            panic!("a reply");
+        };
+        assert_eq!((&got.outcome, &got.body), (&said.outcome, &said.body));
+        assert!(include_str!("../../docs/wire-format.md").contains(&format!("`{signal}`")));
+        for unknown in [r#"{"signal":"later","node":"n1"}"#, "30"] {
+            let mut table = FieldTable::default();
+            table.insert(OUTCOME.into(), text(SIGNALLED));
+            table.insert(SIGNAL.into(), text(unknown));
+            let later = properties.clone().with_headers(table);
+            assert!(decode_reply(&later, Vec::new()).is_none(), "{unknown}");
+        }
+
+        let mut reply = Reply::value(request().id, "832040");
+        reply.node = Some(node);
+        let (properties, body) = encode_reply(&reply, Some("7".into()), false);
+        assert_eq!(find(&properties, NODE), Some("n1"));
+        let Some(Incoming::Reply(got)) = decode_reply(&properties, body.to_vec()) else {
+            panic!("a reply");
+        };
+        assert_eq!(got.node, reply.node);
+        let (plain, _) = encode_reply(&reply, Some("7".into()), true);
+        assert_eq!(plain.headers(), &None);
+    }
+
+    #[test]
+    fn what_is_said_to_all_is_a_request() {
+        let sent = request();
+        let properties = encode_request(&sent, Some(Duration::from_secs(2)));
+        let Incoming::Request { service, request } =
+            decode_broadcast("fib@a", &properties, sent.body.to_vec())
+        else {
+            panic!("a request");
+        };
+        assert_eq!((service.as_str(), request.id), ("fib@a", sent.id));
+        assert_eq!(request.deadline.unwrap().budget, Duration::from_secs(2));
+        // Not an answer to the call of that id.
+        let strange = decode_broadcast("no service", &properties, Vec::new());
+        assert!(matches!(strange, Incoming::Undecodable { id: None, .. }));
     }
 
     #[test]
@@ -473,14 +595,17 @@ mod tests {
     #[test]
     fn what_is_no_reply_is_told_with_its_id() {
         let none = decode_reply(&BasicProperties::default(), Vec::new());
-        assert!(matches!(none, Incoming::Undecodable { id: None, .. }));
+        assert!(matches!(none, Some(Incoming::Undecodable { id: None, .. })));
         let mut table = FieldTable::default();
         table.insert(OUTCOME.into(), text(FAULT));
         let properties = BasicProperties::default()
             .with_correlation_id("1".into())
             .with_headers(table);
         let bad = decode_reply(&properties, b"no json".to_vec());
-        assert!(matches!(bad, Incoming::Undecodable { id: Some(_), .. }));
+        assert!(matches!(
+            bad,
+            Some(Incoming::Undecodable { id: Some(_), .. })
+        ));
     }
 
     #[test]
@@ -512,7 +637,9 @@ mod tests {
     #[test]
     fn the_page_on_the_wire_format_is_true() {
         let page = include_str!("../../docs/wire-format.md");
-        for header in [VERSION, OUTCOME, EXECUTED, ATTEMPT, REASON] {
+        for header in [
+            VERSION, OFFER, OUTCOME, EXECUTED, SIGNAL, NODE, ATTEMPT, REASON,
+        ] {
             assert!(page.contains(&format!("| `{header}` |")), "{header}");
         }
         let body = Fault::new(Code::OutOfRange, "n > 93").to_body();

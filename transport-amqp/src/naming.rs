@@ -53,6 +53,22 @@ pub(crate) fn random_inbox() -> String {
     format!("antiphon.inbox.{}", Uuid::new_v4().simple())
 }
 
+/// The exchange through which every server of a service is reached. Every broker has it.
+pub(crate) const TO_ALL: &str = "amq.direct";
+
+/// By what every server of a service is reached through it.
+const ALL: &str = "antiphon.all.";
+
+/// The routing key for every server of a service.
+pub(crate) fn all_of(service: &ServiceName) -> ShortString {
+    format!("{ALL}{service}").into()
+}
+
+/// The reverse of [`all_of`]: the service's name, if it is one; none for another key.
+pub(crate) fn service_of_all(routing_key: &str) -> Option<&str> {
+    routing_key.strip_prefix(ALL)
+}
+
 /// A queue by which one exclusive subscription is known.
 pub(crate) fn random_marker() -> ShortString {
     format!("antiphon.owner.{}", Uuid::new_v4().simple()).into()
@@ -68,6 +84,14 @@ mod tests {
         let names = QueueNames::new(&ServiceName::new(&name).unwrap()).unwrap();
         assert_eq!(names.retry.as_str(), format!("{name}.retry"));
         assert!(names.is_node);
+    }
+
+    #[test]
+    fn a_routing_key_names_its_service() {
+        let service = ServiceName::new("fib@a").unwrap();
+        assert_eq!(all_of(&service).as_str(), "antiphon.all.fib@a");
+        assert_eq!(service_of_all(all_of(&service).as_str()), Some("fib@a"));
+        assert_eq!(service_of_all("fib@a"), None);
     }
 
     #[test]

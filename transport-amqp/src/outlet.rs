@@ -19,9 +19,11 @@ const DIRECT_REPLY_TO: &str = "amq.rabbitmq.reply-to";
 /// How many messages wake who waits for their fate. The broker confirms about in order, and a sweep finds the rest.
 const POLLED: usize = 8;
 
-/// A message for one queue.
+/// A message for one queue, or for all that are bound to an exchange by the key in its place.
 #[derive(Debug)]
 pub(crate) struct Message {
+    /// Empty: the broker's own, which knows every queue by its name.
+    pub(crate) exchange: ShortString,
     pub(crate) queue: ShortString,
     pub(crate) properties: BasicProperties,
     pub(crate) body: Bytes,
@@ -100,6 +102,7 @@ impl<T> Outlet<T> {
     /// The token, if certainly nothing was sent.
     pub(crate) fn publish(&mut self, message: Message, prompt: bool, token: T) -> Result<(), T> {
         let Message {
+            exchange,
             queue,
             properties,
             body,
@@ -116,7 +119,7 @@ impl<T> Outlet<T> {
                 ..BasicPublishOptions::default()
             };
             channel
-                .basic_publish(ShortString::default(), queue, options, &body, properties)
+                .basic_publish(exchange, queue, options, &body, properties)
                 .await?
                 .await
         });

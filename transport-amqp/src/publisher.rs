@@ -48,6 +48,8 @@ pub(crate) enum What {
 
 #[derive(Debug)]
 pub(crate) struct OutgoingRequest {
+    /// Empty: the broker's own.
+    pub(crate) exchange: ShortString,
     pub(crate) queue: ShortString,
     pub(crate) request: Request,
     /// By this host's clock.
@@ -233,8 +235,10 @@ impl Publisher {
                 ErrorKind::ConnectionLost,
                 "the connection was lost before the broker accepted the request",
             )),
-            // Whoever waited for it has gone, which is no error.
-            (What::Reply { .. }, Fate::Returned) => Ok(()),
+            (What::Reply { .. }, Fate::Returned) => Err(Error::not_executed(
+                ErrorKind::NoResponder,
+                "the inbox is gone",
+            )),
             (What::Reply { .. }, Fate::Refused) => Err(Error::maybe_executed(
                 ErrorKind::Overloaded,
                 "the broker did not take the reply",
@@ -331,18 +335,22 @@ impl Job {
                     properties = message::transient(properties);
                 }
                 let message = Message {
+                    exchange: outgoing.exchange.clone(),
                     queue: outgoing.queue.clone(),
                     properties,
                     body: outgoing.request.body.clone(),
                 };
-                // A reply proves that its request was accepted, so only who gets none needs the confirm soon.
-                Some((message, outgoing.request.reply_to.is_none()))
+                // A reply proves that its request was accepted, so only who gets none, or does not know how many, needs the confirm soon.
+                let prompt =
+                    outgoing.request.reply_to.is_none() || !outgoing.exchange.as_str().is_empty();
+                Some((message, prompt))
             }
             What::Reply { to, reply } => {
                 let correlation = reply.id.with_str(|id| ShortString::from(id));
                 let (properties, body) = message::encode_reply(reply, Some(correlation), false);
                 let queue = to.as_str().into();
                 let message = Message {
+                    exchange: ShortString::default(),
                     queue,
                     properties,
                     body,

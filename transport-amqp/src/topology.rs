@@ -32,6 +32,12 @@ impl Lingering {
         owner: Duration::from_millis(250),
     };
 
+    /// Of others, who were there a moment ago.
+    pub(crate) const AGAIN: Self = Self {
+        owner: Duration::ZERO,
+        ..Self::OTHERS
+    };
+
     /// Our own, whose connection was lost just now: it is ours to wait for.
     pub(crate) const OURS: Self = Self {
         consumers: Duration::from_secs(3),

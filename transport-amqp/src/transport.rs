@@ -8,14 +8,16 @@ use std::time::Duration;
 use antiphon_core::transport::{
     Capabilities, Inbox, Outbound, SubscribeMode, SubscribeOptions, Subscription, Transport,
 };
-use antiphon_core::{ConnectionState, Error, ErrorKind, ServiceName};
+use antiphon_core::{ConnectionState, CorrelationId, Error, ErrorKind, Request, ServiceName};
 use async_trait::async_trait;
+use lapin::types::ShortString;
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::broadcast::broadcast;
 use crate::config::AmqpConfig;
 use crate::courier::{Courier, Route};
 use crate::error::closed;
@@ -26,8 +28,9 @@ use crate::naming::{self, QueueNames};
 use crate::prober::Prober;
 use crate::publisher::{Job, OutgoingRequest, Publisher, What};
 use crate::recovery::{Members, Role, keep_state};
+use crate::refused::Refused;
 use crate::subscription::{AmqpSubscription, Handover};
-use crate::topology::{Claims, Lingering};
+use crate::topology::Claims;
 
 /// How long the tasks have to come to an end before the connections are closed under them.
 const TASKS_TIMEOUT: Duration = Duration::from_secs(3);
@@ -46,6 +49,7 @@ pub struct AmqpTransport {
     consume: Link,
     members: Arc<Members>,
     claims: Arc<Claims>,
+    refused: Arc<Refused>,
     prober: Arc<Prober>,
     jobs: mpsc::UnboundedSender<Job>,
     state: watch::Receiver<ConnectionState>,
@@ -98,6 +102,7 @@ impl AmqpTransport {
             consume,
             members,
             claims: Arc::default(),
+            refused: Arc::default(),
             jobs,
             state: state_receiver,
             undeliverable: Arc::default(),
@@ -148,6 +153,7 @@ impl AmqpTransport {
             .and_then(|deadline| Instant::now().checked_add(deadline.budget));
         let mut job = Job {
             what: What::Request(Box::new(OutgoingRequest {
+                exchange: ShortString::default(),
                 queue: queue.clone(),
                 request,
                 deadline,
@@ -208,6 +214,20 @@ impl Transport for AmqpTransport {
         outcome.await.unwrap_or_else(|_| Err(closed()))
     }
 
+    async fn broadcast(
+        &self,
+        service: &ServiceName,
+        request: Request,
+    ) -> Result<Option<usize>, Error> {
+        self.check_open()?;
+        broadcast(&self.prober, &self.jobs, service, request).await
+    }
+
+    async fn withdraw(&self, _service: &ServiceName, _id: &CorrelationId) -> Result<bool, Error> {
+        // Nobody but a consumer can take a message out of its queue.
+        self.check_open().map(|()| false)
+    }
+
     async fn open_inbox(&self) -> Result<Box<dyn Inbox>, Error> {
         self.check_open()?;
         let (link, members) = (self.consume.clone(), Arc::clone(&self.members));
@@ -250,21 +270,25 @@ impl Transport for AmqpTransport {
             marker: naming::random_marker(),
         });
         let claim = self.claims.claim(service, exclusive)?;
+        let (refused, service) = (Arc::clone(&self.refused), service.clone());
+        let lingering = refused.lingering(&service);
         let (consume, publish) = (self.consume.clone(), self.publish.clone());
         let (members, undeliverable) = (Arc::clone(&self.members), Arc::clone(&self.undeliverable));
         let closing = self.shutdown.tasks_token.clone();
         let (opened, subscription) = oneshot::channel();
         // In a task of its own, so that nobody owns a service for somebody who waits for it no more.
         self.spawn(async move {
-            let open = Intake::open(consume.clone(), Arc::clone(&plan), Lingering::OTHERS);
+            let open = Intake::open(consume.clone(), Arc::clone(&plan), lingering);
             let intake = match closing.run_until_cancelled(open).await {
                 Some(Ok(intake)) => intake,
                 Some(Err(failure)) => {
-                    let doing = format!("serving {}", plan.names.main);
-                    return drop(opened.send(Err(failure.into_error(&doing))));
+                    let error = failure.into_error(&format!("serving {}", plan.names.main));
+                    refused.note(&service, Some(&error));
+                    return drop(opened.send(Err(error)));
                 }
                 None => return,
             };
+            refused.note(&service, None);
             let route = Route {
                 member: members.enter(Role::Subscription, intake.session.number),
                 plan,

@@ -5,7 +5,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
 use antiphon_core::transport::{Incoming, SubscribeOptions};
-use antiphon_core::{Error, ErrorKind, Reply, ReplyAddress, Request, ServiceName, Ticket};
+use antiphon_core::{
+    CorrelationId, Error, ErrorKind, Reply, ReplyAddress, Request, ServiceName, Ticket,
+};
 use tokio::time::Instant;
 
 use crate::config::MemoryConfig;
@@ -19,7 +21,7 @@ use crate::table::Key;
 
 type Map<K, V> = HashMap<K, V, foldhash::fast::RandomState>;
 
-/// Locks are taken in this order: a connection's transition, services or inboxes, one queue or one inbox.
+/// Locks are taken in this order: a connection's transition, services, inboxes or audiences, one queue or one inbox.
 #[derive(Debug)]
 pub(crate) struct Hub {
     pub(crate) config: MemoryConfig,
@@ -27,6 +29,8 @@ pub(crate) struct Hub {
     sweeper: Arc<Sweeper>,
     services: RwLock<Services>,
     inboxes: RwLock<Map<ReplyAddress, Arc<Letters>>>,
+    /// Who hears what is broadcast to a service.
+    audiences: Mutex<Map<ServiceName, Vec<Weak<Letters>>>>,
     connections: Mutex<Vec<Weak<Connection>>>,
     next_connection: AtomicU64,
     undeliverable: AtomicU64,
@@ -49,6 +53,7 @@ impl Hub {
             faults: Faults::default(),
             services: RwLock::default(),
             inboxes: RwLock::default(),
+            audiences: Mutex::default(),
             connections: Mutex::default(),
             next_connection: AtomicU64::new(0),
             undeliverable: AtomicU64::new(0),
@@ -125,21 +130,60 @@ impl Hub {
         })
     }
 
-    /// Delivers a reply to its inbox; one to nowhere is dropped and counted.
-    pub(crate) fn reply(&self, to: &ReplyAddress, reply: Reply) {
+    /// Takes a request back that waits in its service's queue.
+    pub(crate) fn withdraw(&self, service: &ServiceName, id: &CorrelationId) -> bool {
+        self.queue(service).is_some_and(|queue| queue.withdraw(id))
+    }
+
+    pub(crate) fn join(&self, service: &ServiceName, letters: &Arc<Letters>) {
+        let mut audiences = lock(&self.audiences);
+        let audience = audiences.entry(service.clone()).or_default();
+        audience
+            .retain(|other| other.strong_count() > 0 && !other.ptr_eq(&Arc::downgrade(letters)));
+        audience.push(Arc::downgrade(letters));
+    }
+
+    /// Delivers a request to the inboxes of all that joined the service, and says how many they are.
+    pub(crate) fn broadcast(&self, service: &ServiceName, request: &Request) -> usize {
+        let audience: Vec<_> = {
+            let mut audiences = lock(&self.audiences);
+            let Some(audience) = audiences.get_mut(service) else {
+                return 0;
+            };
+            audience.retain(|letters| letters.strong_count() > 0);
+            if audience.is_empty() {
+                audiences.remove(service);
+                return 0;
+            }
+            audience.iter().filter_map(Weak::upgrade).collect()
+        };
+        let arrives = self.faults.arrival(Instant::now());
+        let mut reached = 0;
+        for letters in audience.iter().filter(|letters| !letters.is_closed()) {
+            reached += 1;
+            let incoming = Incoming::Request {
+                service: service.clone(),
+                request: request.clone(),
+            };
+            if let Some(waker) = letters.push(incoming, arrives) {
+                waker.wake();
+            }
+        }
+        reached
+    }
+
+    /// Delivers a reply to its inbox. One to nowhere is dropped and counted; false then.
+    pub(crate) fn reply(&self, to: &ReplyAddress, reply: Reply) -> bool {
         let Some(fate) = self.faults.reply_fate() else {
-            self.deliver(to, reply, None);
-            return;
+            return self.deliver(to, reply, None);
         };
         for _ in 1..fate.copies {
             self.deliver(to, reply.clone(), fate.arrives);
         }
-        if fate.copies > 0 {
-            self.deliver(to, reply, fate.arrives);
-        }
+        fate.copies == 0 || self.deliver(to, reply, fate.arrives)
     }
 
-    fn deliver(&self, to: &ReplyAddress, reply: Reply, arrives: Option<Instant>) {
+    fn deliver(&self, to: &ReplyAddress, reply: Reply, arrives: Option<Instant>) -> bool {
         let delivered = {
             let inboxes = self.inboxes.read().unwrap_or_else(PoisonError::into_inner);
             inboxes
@@ -147,10 +191,13 @@ impl Hub {
                 .map(|letters| letters.push(Incoming::Reply(reply), arrives))
         };
         match delivered {
-            Some(Some(waker)) => waker.wake(),
-            Some(None) => {}
+            Some(waker) => {
+                waker.into_iter().for_each(std::task::Waker::wake);
+                true
+            }
             None => {
                 self.undeliverable.fetch_add(1, Ordering::Relaxed);
+                false
             }
         }
     }

@@ -8,7 +8,7 @@ use std::task::{Context, Poll, Waker};
 use std::{fmt, mem};
 
 use antiphon_core::transport::{Inbox, InboxEvent, Incoming};
-use antiphon_core::{Error, ErrorKind, ReplyAddress};
+use antiphon_core::{Error, ErrorKind, ReplyAddress, ServiceName};
 use async_trait::async_trait;
 use tokio::task::coop;
 use tokio::time::{Instant, Sleep, sleep_until};
@@ -72,6 +72,10 @@ impl Letters {
                 .push_back((arrives.unwrap_or_else(Instant::now), incoming)),
         }
         state.waker.take()
+    }
+
+    pub(crate) fn is_closed(&self) -> bool {
+        lock(&self.state).closed
     }
 
     pub(crate) fn take_waker(&self) -> Option<Waker> {
@@ -179,6 +183,14 @@ impl MemoryInbox {
 impl Inbox for MemoryInbox {
     fn address(&self) -> ReplyAddress {
         self.letters.address()
+    }
+
+    async fn join(&mut self, service: &ServiceName) -> Result<(), Error> {
+        let join = || {
+            self.connection.hub().join(service, &self.letters);
+            Ok(())
+        };
+        self.connection.open(join).await
     }
 
     async fn recv(&mut self) -> InboxEvent {

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::task::Waker;
 
 use antiphon_core::transport::SubscribeOptions;
-use antiphon_core::{Error, ErrorKind, Request, ServiceName, Ticket};
+use antiphon_core::{CorrelationId, Error, ErrorKind, Request, ServiceName, Ticket};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -183,6 +183,16 @@ impl Queue {
     }
 
     /// Ends a session; what is in its hands stays there.
+    /// Takes out a request that nobody has. The latest are looked at first: a caller that gives up mostly does so soon.
+    pub(crate) fn withdraw(&self, id: &CorrelationId) -> bool {
+        let mut state = lock(&self.state);
+        let found = state
+            .ready
+            .iter()
+            .rposition(|queued| queued.request.id == *id);
+        found.and_then(|index| state.ready.remove(index)).is_some()
+    }
+
     pub(crate) fn stop(&self, key: Key) {
         self.update(|state, effects| state.end(key, closed("subscription"), effects));
     }

@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use antiphon_core::transport::{Capabilities, Inbox, Outbound, SubscribeOptions, Subscription};
-use antiphon_core::{ConnectionState, Error, ServiceName, Transport};
+use antiphon_core::{
+    ConnectionState, CorrelationId, Error, ErrorKind, Request, ServiceName, Transport,
+};
 use async_trait::async_trait;
 use tokio::sync::watch;
 use tokio::task::coop;
@@ -59,7 +61,7 @@ impl MemoryTransport {
 #[async_trait]
 impl Transport for MemoryTransport {
     fn capabilities(&self) -> Capabilities {
-        Capabilities::none().with_fenced_replies()
+        Capabilities::none().with_fenced_replies().with_withdrawal()
     }
 
     async fn send(&self, message: Outbound) -> Result<(), Error> {
@@ -86,10 +88,34 @@ impl Transport for MemoryTransport {
             }
             Outbound::Reply { to, reply } => {
                 connection.pass(CUT | PAUSED).await?;
-                connection.hub().reply(&to, reply);
-                Ok(())
+                if connection.hub().reply(&to, reply) {
+                    Ok(())
+                } else {
+                    let message = "the inbox is gone";
+                    Err(Error::not_executed(ErrorKind::NoResponder, message))
+                }
             }
         }
+    }
+
+    async fn broadcast(
+        &self,
+        service: &ServiceName,
+        mut request: Request,
+    ) -> Result<Option<usize>, Error> {
+        let entered = Instant::now();
+        let connection = self.connection();
+        connection.pass(CUT | PAUSED | BLOCKED).await?;
+        if let Some(deadline) = &mut request.deadline {
+            deadline.budget = deadline.budget.saturating_sub(entered.elapsed());
+        }
+        Ok(Some(connection.hub().broadcast(service, &request)))
+    }
+
+    async fn withdraw(&self, service: &ServiceName, id: &CorrelationId) -> Result<bool, Error> {
+        let connection = self.connection();
+        connection.pass(CUT | PAUSED).await?;
+        Ok(connection.hub().withdraw(service, id))
     }
 
     async fn open_inbox(&self) -> Result<Box<dyn Inbox>, Error> {

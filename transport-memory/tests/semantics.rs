@@ -286,7 +286,7 @@ async fn a_reply_to_nowhere_is_counted_and_an_inbox_ends_with_its_drop() {
     let transport = broker.connect();
     let nowhere = ReplyAddress::new("nowhere").unwrap();
     let reply = Reply::value(request("").id, "");
-    send_reply(&transport, &nowhere, reply.clone()).await;
+    send_to_nowhere(&transport, &nowhere, reply.clone()).await;
     assert_eq!(broker.stats().undeliverable_replies, 1);
     let mut inbox = transport.open_inbox().await.unwrap();
     let address = inbox.address();
@@ -295,7 +295,7 @@ async fn a_reply_to_nowhere_is_counted_and_an_inbox_ends_with_its_drop() {
     assert_eq!(broker.stats().inboxes, 1);
     drop(inbox);
     assert_eq!(broker.stats().inboxes, 0);
-    send_reply(&transport, &address, reply).await;
+    send_to_nowhere(&transport, &address, reply).await;
     assert_eq!(broker.stats().undeliverable_replies, 2);
 }
 

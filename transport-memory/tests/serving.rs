@@ -88,3 +88,18 @@ async fn serve(handlers: impl FnOnce(Server) -> Server) -> (Client, RunningServe
         .unwrap();
     (client, server)
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_call_whose_token_has_fired_is_not_sent() {
+    let (client, server) =
+        serve(|server| server.handle_raw("s", |body: bytes::Bytes| async move { Ok(body) })).await;
+    let token = tokio_util::sync::CancellationToken::new();
+    token.cancel();
+    let error = client.call_raw("s", "").cancel_on(token).await.unwrap_err();
+    assert_eq!(
+        (error.kind(), error.executed()),
+        (ErrorKind::Cancelled, antiphon_core::Executed::No)
+    );
+    assert_eq!(server.stats().handled, 0);
+    server.shutdown().await.unwrap();
+}

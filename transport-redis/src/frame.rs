@@ -1,16 +1,18 @@
 //! The frame: one line of JSON, a newline, the body as raw bytes.
 //!
-//! Requests: `v` version (1), `id`, `to` reply address, `exp` the deadline in Redis milliseconds, `ttl` the budget in
-//! milliseconds, `m` method, `ct` content type, `h` headers, `at` the id of the body's own key. Replies: `v`, `id`, `ct`,
-//! `h`, `at`, and for a fault `err` and `ran`. What has its default is left out; what is not known is ignored.
+//! Requests: `v` version (1; absent: a plain peer, who understands no signals), `id`, `to` reply address, `exp` the deadline in
+//! Redis milliseconds, `ttl` the budget in milliseconds, `of` 1 if an offer is awaited, `m` method, `s` the service of what is
+//! said to all its servers, `ct` content type, `h` headers, `at` the id of the body's own key. Replies: `v`, `id`, `n` the
+//! node, `ct`, `h`, `at`, for a fault `err` and `ran`, for a signal `sig`. What has its default is left out; what is not known
+//! is ignored.
 
 use std::borrow::Cow;
 use std::fmt::{self, Write as _};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use antiphon_core::{
-    ContentType, CorrelationId, Deadline, Error, Executed, Fault, Headers, Method, Outcome, Reply,
-    ReplyAddress, Request,
+    ContentType, CorrelationId, Deadline, Error, Executed, Fault, Headers, Method, Node, Outcome,
+    Reply, ReplyAddress, Request, ServiceName, Signal, Signals,
 };
 use bytes::{Buf, Bytes};
 use serde::de::{MapAccess, Visitor};
@@ -49,6 +51,19 @@ pub(crate) struct ReplyFrame {
     pub(crate) apart: Option<String>,
 }
 
+/// What arrives at an inbox.
+#[derive(Debug)]
+pub(crate) enum Letter {
+    Reply(ReplyFrame),
+    /// Said to every server of the service.
+    Request {
+        service: ServiceName,
+        frame: RequestFrame,
+    },
+    /// A signal of a later version.
+    Ignored,
+}
+
 /// The most characters of why something is not a frame.
 const REASON_MAX: usize = 256;
 
@@ -67,7 +82,31 @@ pub(crate) fn encode_request(
     apart: Option<&str>,
     out: &mut Vec<u8>,
 ) {
-    let mut line = Line::new(&request.id, out);
+    encode(request, None, expiry, apart, out);
+}
+
+/// Appends the frame of what is said to every server of a service; with `apart`, its body is in the inbox's key of that id.
+pub(crate) fn encode_broadcast(
+    service: &ServiceName,
+    request: &Request,
+    expiry: Expiry,
+    apart: Option<&str>,
+    out: &mut Vec<u8>,
+) {
+    encode(request, Some(service), expiry, apart, out);
+}
+
+fn encode(
+    request: &Request,
+    service: Option<&ServiceName>,
+    expiry: Expiry,
+    apart: Option<&str>,
+    out: &mut Vec<u8>,
+) {
+    let mut line = match request.signals {
+        Signals::None => Line::of_plain_peer(&request.id, out),
+        _ => Line::new(&request.id, out),
+    };
     if let Some(reply_to) = &request.reply_to {
         line.text("to", reply_to.as_str());
     }
@@ -77,8 +116,14 @@ pub(crate) fn encode_request(
     if let Some(budget) = expiry.budget {
         line.number("ttl", budget);
     }
+    if request.signals == Signals::Offer {
+        line.number("of", 1);
+    }
     if let Some(method) = &request.method {
         line.text("m", method.as_str());
+    }
+    if let Some(service) = service {
+        line.text("s", service.as_str());
     }
     line.common(request.content_type.as_ref(), &request.headers, apart);
     line.end(if apart.is_some() { &[] } else { &request.body });
@@ -87,16 +132,31 @@ pub(crate) fn encode_request(
 /// Appends a reply's frame; with `apart`, its body is in the key of that id.
 pub(crate) fn encode_reply(reply: &Reply, apart: Option<&str>, out: &mut Vec<u8>) {
     let mut line = Line::new(&reply.id, out);
-    if let Outcome::Fault { fault, executed } = &reply.outcome {
-        // A fault is made of text and numbers only, so it always has a JSON form.
-        line.raw(
-            "err",
-            &serde_json::to_vec(fault).unwrap_or_else(|_| b"{\"code\":\"unknown\"}".to_vec()),
-        );
-        line.text("ran", executed.as_str());
+    match &reply.outcome {
+        Outcome::Fault { fault, executed } => {
+            // A fault is made of text and numbers only, so it always has a JSON form.
+            line.raw(
+                "err",
+                &serde_json::to_vec(fault).unwrap_or_else(|_| b"{\"code\":\"unknown\"}".to_vec()),
+            );
+            line.text("ran", executed.as_str());
+        }
+        Outcome::Signal(signal) => line.raw("sig", signal.to_text().as_bytes()),
+        _ => {}
+    }
+    if let Some(node) = &reply.node {
+        line.text("n", node.as_str());
     }
     line.common(reply.content_type.as_ref(), &reply.headers, apart);
     line.end(if apart.is_some() { &[] } else { &reply.body });
+}
+
+/// How the frames of requests of ours with this id begin, and no others.
+pub(crate) fn beginnings(id: &CorrelationId) -> [Vec<u8>; 2] {
+    let (mut ours, mut plain) = (Vec::new(), Vec::new());
+    Line::new(id, &mut ours);
+    Line::of_plain_peer(id, &mut plain);
+    [ours, plain]
 }
 
 /// Reads a request.
@@ -120,6 +180,11 @@ pub(crate) fn decode_request(frame: Bytes) -> Result<RequestFrame, BadFrame> {
                 method: head.m.as_deref().map(Method::new).transpose()?,
                 headers: headers(&head.h)?,
                 content_type: head.ct.as_deref().map(ContentType::new).transpose()?,
+                signals: match (head.v, head.of) {
+                    (None, _) => Signals::None,
+                    (Some(_), Some(1)) => Signals::Offer,
+                    (Some(_), _) => Signals::Running,
+                },
                 body: Bytes::new(),
             },
             expiry,
@@ -132,34 +197,50 @@ pub(crate) fn decode_request(frame: Bytes) -> Result<RequestFrame, BadFrame> {
     Ok(decoded)
 }
 
-/// Reads a reply.
-pub(crate) fn decode_reply(frame: Bytes) -> Result<ReplyFrame, BadFrame> {
+/// Reads what arrived at an inbox.
+pub(crate) fn decode_letter(frame: Bytes) -> Result<Letter, BadFrame> {
     let line = line(&frame);
     let head = match scan::scan(line).and_then(ReplyHead::of) {
         Some(head) => head,
         None => serde_json::from_slice(line).map_err(|error| bad(line, &error))?,
     };
-    let convert = || -> Result<ReplyFrame, Error> {
+    if let Some(service) = &head.s {
+        let service = ServiceName::new(service).map_err(|error| bad(line, &error.message()))?;
+        let frame = decode_request(frame)?;
+        return Ok(Letter::Request { service, frame });
+    }
+    let convert = || -> Result<Option<ReplyFrame>, Error> {
         check_version(head.v)?;
         let executed = head.ran.as_deref().map_or(Executed::Maybe, Executed::parse);
-        Ok(ReplyFrame {
+        let outcome = match (&head.sig, &head.err) {
+            (Some(signal), _) => match Signal::parse(&signal.to_string()) {
+                Some(signal) => Outcome::Signal(signal),
+                None => return Ok(None),
+            },
+            (None, Some(fault)) => Outcome::Fault {
+                fault: fault.clone(),
+                executed,
+            },
+            (None, None) => Outcome::Value,
+        };
+        Ok(Some(ReplyFrame {
             reply: Reply {
                 id: CorrelationId::parse(&head.id)?,
-                outcome: head
-                    .err
-                    .clone()
-                    .map_or(Outcome::Value, |fault| Outcome::Fault { fault, executed }),
+                outcome,
                 headers: headers(&head.h)?,
                 content_type: head.ct.as_deref().map(ContentType::new).transpose()?,
+                node: head.n.as_deref().map(Node::new).transpose()?,
                 body: Bytes::new(),
             },
             apart: apart(head.at.as_deref())?,
-        })
+        }))
     };
-    let mut decoded = convert().map_err(|error| bad(line, &error.message()))?;
+    let Some(mut decoded) = convert().map_err(|error| bad(line, &error.message()))? else {
+        return Ok(Letter::Ignored);
+    };
     let head = line.len();
     decoded.reply.body = behind(frame, head);
-    Ok(decoded)
+    Ok(Letter::Reply(decoded))
 }
 
 /// The head of a dead letter; a newline and the frame as it was follow.
@@ -196,11 +277,10 @@ fn behind(mut frame: Bytes, line: usize) -> Bytes {
     frame
 }
 
-fn check_version(version: u32) -> Result<(), Error> {
-    if version == VERSION {
-        Ok(())
-    } else {
-        Err(invalid(format!("frame version {version}")))
+fn check_version(version: Option<u32>) -> Result<(), Error> {
+    match version {
+        None | Some(VERSION) => Ok(()),
+        Some(version) => Err(invalid(format!("frame version {version}"))),
     }
 }
 
@@ -240,8 +320,8 @@ fn bad(line: &[u8], reason: &dyn fmt::Display) -> BadFrame {
 
 #[derive(Deserialize)]
 struct RequestHead<'a> {
-    #[serde(default = "version")]
-    v: u32,
+    #[serde(default)]
+    v: Option<u32>,
     #[serde(borrow)]
     id: Cow<'a, str>,
     #[serde(borrow, default)]
@@ -250,6 +330,8 @@ struct RequestHead<'a> {
     exp: Option<u64>,
     #[serde(default)]
     ttl: Option<u64>,
+    #[serde(default)]
+    of: Option<u64>,
     #[serde(borrow, default)]
     m: Option<Cow<'a, str>>,
     #[serde(borrow, default)]
@@ -263,11 +345,12 @@ struct RequestHead<'a> {
 impl<'a> RequestHead<'a> {
     fn of(flat: Flat<'a>) -> Option<Self> {
         Some(Self {
-            v: flat.version.map_or(Some(VERSION), |v| v.try_into().ok())?,
+            v: flat.version.map(u32::try_from).transpose().ok()?,
             id: flat.id?.into(),
             to: flat.to.map(Cow::from),
             exp: flat.exp,
             ttl: flat.ttl,
+            of: None,
             m: flat.method.map(Cow::from),
             ct: flat.content_type.map(Cow::from),
             h: Pairs::default(),
@@ -278,14 +361,21 @@ impl<'a> RequestHead<'a> {
 
 #[derive(Deserialize)]
 struct ReplyHead<'a> {
-    #[serde(default = "version")]
-    v: u32,
+    #[serde(default)]
+    v: Option<u32>,
     #[serde(borrow)]
     id: Cow<'a, str>,
     #[serde(default)]
     err: Option<Fault>,
     #[serde(borrow, default)]
     ran: Option<Cow<'a, str>>,
+    #[serde(default)]
+    sig: Option<serde_json::Value>,
+    #[serde(borrow, default)]
+    n: Option<Cow<'a, str>>,
+    /// Of a request only.
+    #[serde(borrow, default)]
+    s: Option<Cow<'a, str>>,
     #[serde(borrow, default)]
     ct: Option<Cow<'a, str>>,
     #[serde(borrow, default)]
@@ -297,19 +387,18 @@ struct ReplyHead<'a> {
 impl<'a> ReplyHead<'a> {
     fn of(flat: Flat<'a>) -> Option<Self> {
         Some(Self {
-            v: flat.version.map_or(Some(VERSION), |v| v.try_into().ok())?,
+            v: flat.version.map(u32::try_from).transpose().ok()?,
             id: flat.id?.into(),
             err: None,
             ran: None,
+            sig: None,
+            n: None,
+            s: None,
             ct: flat.content_type.map(Cow::from),
             h: Pairs::default(),
             at: flat.apart.map(Cow::from),
         })
     }
-}
-
-fn version() -> u32 {
-    VERSION
 }
 
 /// A JSON object of texts, in its order.
@@ -350,6 +439,13 @@ struct Line<'a>(&'a mut Vec<u8>);
 impl<'a> Line<'a> {
     fn new(id: &CorrelationId, out: &'a mut Vec<u8>) -> Self {
         out.extend_from_slice(b"{\"v\":1,\"id\":");
+        id.with_str(|id| write_text(out, id));
+        Self(out)
+    }
+
+    /// Without the version, by which its writer says that it understands signals.
+    fn of_plain_peer(id: &CorrelationId, out: &'a mut Vec<u8>) -> Self {
+        out.extend_from_slice(b"{\"id\":");
         id.with_str(|id| write_text(out, id));
         Self(out)
     }
@@ -460,6 +556,13 @@ mod tests {
         frame
     }
 
+    fn decode_reply(frame: Bytes) -> Result<ReplyFrame, BadFrame> {
+        decode_letter(frame).map(|letter| match letter {
+            Letter::Reply(frame) => frame,
+            other => panic!("not a reply: {other:?}"),
+        })
+    }
+
     const ID: &str = "f47ac10b-58cc-4372-a567-0e02b2c3d479";
 
     fn request(body: &'static [u8]) -> Request {
@@ -470,6 +573,7 @@ mod tests {
             method: None,
             headers: Headers::new(),
             content_type: None,
+            signals: Signals::Running,
             body: Bytes::from_static(body),
         }
     }
@@ -615,6 +719,47 @@ mod tests {
     }
 
     #[test]
+    fn what_is_said_to_all_servers_comes_back_as_it_was() {
+        let service = ServiceName::new("fib@n1").unwrap();
+        for signals in [Signals::None, Signals::Running, Signals::Offer] {
+            let mut said = request(b"30");
+            said.signals = signals;
+            let mut bytes = Vec::new();
+            encode_broadcast(&service, &said, Expiry::default(), None, &mut bytes);
+            let letter = decode_letter(Bytes::from(bytes.clone())).unwrap();
+            let Letter::Request { service: to, frame } = letter else {
+                panic!("not a request: {letter:?}");
+            };
+            assert_eq!((to, frame.request.signals), (service.clone(), signals));
+            assert_eq!(&frame.request.body[..], b"30");
+            let starts = |beginning: &Vec<u8>| bytes.starts_with(beginning);
+            assert!(beginnings(&said.id).iter().any(starts));
+            let other = CorrelationId::parse("f47ac10b").unwrap();
+            assert!(!beginnings(&other).iter().any(starts));
+        }
+        let misnamed = decode_letter(Bytes::from_static(b"{\"id\":\"7\",\"s\":\"a b\"}\n"));
+        assert_eq!(misnamed.unwrap_err().id.unwrap().to_string(), "7");
+    }
+
+    #[test]
+    fn signals_come_back_and_unknown_ones_are_ignored() {
+        let id = CorrelationId::parse(ID).unwrap();
+        let node = Node::new("n1").unwrap();
+        let mut progress = Reply::signal(id, Signal::Progress { node });
+        progress.body = Bytes::from_static(b"7");
+        let back = decode_reply(Bytes::from(encode_reply(&progress, None))).unwrap();
+        assert_eq!(
+            (back.reply.outcome, back.reply.body),
+            (progress.outcome, progress.body)
+        );
+        for unknown in ["{\"signal\":\"later\",\"node\":\"n1\"}", "5", "\"x\"", "{}"] {
+            let line = format!("{{\"v\":1,\"id\":\"7\",\"sig\":{unknown}}}\n");
+            let letter = decode_letter(Bytes::from(line)).unwrap();
+            assert!(matches!(letter, Letter::Ignored), "{letter:?}");
+        }
+    }
+
+    #[test]
     fn golden_dead_letter_head() {
         let head = dead_letter_head("not a\n\"frame\"", 2, 5);
         assert_eq!(
@@ -639,10 +784,36 @@ mod tests {
         value.content_type = Some(ContentType::JSON);
         let fault = Fault::new(Code::OutOfRange, "n > 93");
         let fault = Reply::fault(sent.id.clone(), fault, Executed::Yes);
+        let node = Node::new("n1").unwrap();
+        let every = Duration::from_secs(5);
+        let running = Signal::Running {
+            node: node.clone(),
+            every,
+        };
+        let offer = Signal::Offer {
+            node: node.clone(),
+            to: ReplyAddress::new("{s1}:i").unwrap(),
+            id: CorrelationId::parse("7").unwrap(),
+        };
+        let mut named = value.clone();
+        named.node = Some(node);
+        let mut offered = request(b"30");
+        offered.signals = Signals::Offer;
+        let mut cancel = request(b"7\n");
+        (cancel.reply_to, cancel.signals) = (None, Signals::None);
+        cancel.method = Some(Method::new("antiphon.cancel").unwrap());
+        let service = ServiceName::new("fib").unwrap();
+        let mut said = Vec::new();
+        encode_broadcast(&service, &cancel, expiry, None, &mut said);
         for frame in [
             encode_request(&sent, expiry, None),
             encode_reply(&value, None),
             encode_reply(&fault, None),
+            encode_reply(&Reply::signal(sent.id.clone(), running), None),
+            encode_reply(&named, None),
+            encode_request(&offered, expiry, None),
+            encode_reply(&Reply::signal(sent.id.clone(), offer), None),
+            said,
         ] {
             let example = format!("```text\n{}\n```", String::from_utf8(frame).unwrap());
             assert!(page.contains(&example), "{example}");

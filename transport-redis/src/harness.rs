@@ -96,6 +96,7 @@ impl Harness for RedisHarness {
                 &keys.live,
                 &keys.owner,
                 &keys.dead,
+                &keys.audience,
             ]
             .contains(&key)
         });

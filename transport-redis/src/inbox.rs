@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use antiphon_core::transport::{Inbox, InboxEvent, Incoming};
-use antiphon_core::{Error, ErrorKind, ReplyAddress};
+use antiphon_core::{Deadline, Error, ErrorKind, ReplyAddress, Request, ServiceName};
 use async_trait::async_trait;
 use bytes::Bytes;
 use redis::{Pipeline, RedisResult, Value};
@@ -13,9 +13,10 @@ use tokio::task::yield_now;
 use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
+use crate::audience::Audiences;
 use crate::completer::millis;
 use crate::connection::{self, Backoff, Live};
-use crate::frame;
+use crate::frame::{self, Letter, RequestFrame};
 use crate::naming::{self, InboxKeys};
 use crate::transport::Shared;
 use crate::{BLOCK, GHOST, error, scripts};
@@ -38,7 +39,9 @@ const PAGES_WAITING: usize = 4;
 /// A private reply address.
 #[derive(Debug)]
 pub(crate) struct RedisInbox {
+    shared: Arc<Shared>,
     address: ReplyAddress,
+    audiences: Audiences,
     events: mpsc::Receiver<InboxEvent>,
     closed: CancellationToken,
     _dropped: DropGuard,
@@ -50,7 +53,8 @@ impl RedisInbox {
         let keys = InboxKeys::random().ok_or_else(|| {
             Error::not_executed(ErrorKind::Broker, "a random name was not a valid address")
         })?;
-        let mut reader = Reader::new(Arc::clone(shared), keys.clone());
+        let audiences = Audiences::default();
+        let mut reader = Reader::new(Arc::clone(shared), keys.clone(), audiences.clone());
         loop {
             let mut live = shared
                 .link
@@ -70,7 +74,9 @@ impl RedisInbox {
         let dropped = shared.ending.child_token();
         shared.workers.spawn(reader.run(sender, dropped.clone()));
         Ok(Self {
+            shared: Arc::clone(shared),
             address: keys.address().clone(),
+            audiences,
             events,
             closed: shared.ending.clone(),
             _dropped: dropped.drop_guard(),
@@ -82,6 +88,13 @@ impl RedisInbox {
 impl Inbox for RedisInbox {
     fn address(&self) -> ReplyAddress {
         self.address.clone()
+    }
+
+    async fn join(&mut self, service: &ServiceName) -> Result<(), Error> {
+        let lasts = epoch_ttl(&self.shared);
+        self.audiences
+            .join(&self.shared, service, &self.address, lasts)
+            .await
     }
 
     async fn recv(&mut self) -> InboxEvent {
@@ -97,6 +110,9 @@ impl Inbox for RedisInbox {
 struct Reader {
     shared: Arc<Shared>,
     keys: InboxKeys,
+    audiences: Audiences,
+    /// When it was last seen to that the inbox stays in them.
+    attended: Instant,
     epoch: String,
     /// Replies read and not acknowledged.
     read: usize,
@@ -107,10 +123,12 @@ struct Reader {
 }
 
 impl Reader {
-    fn new(shared: Arc<Shared>, keys: InboxKeys) -> Self {
+    fn new(shared: Arc<Shared>, keys: InboxKeys, audiences: Audiences) -> Self {
         Self {
             shared,
             keys,
+            audiences,
+            attended: Instant::now(),
             epoch: String::new(),
             read: 0,
             bytes: 0,
@@ -130,9 +148,10 @@ impl Reader {
         let mut command = scripts::BEGIN.on(&[&self.keys.epoch(), self.keys.list()]);
         command
             .arg(&self.epoch)
-            .arg(self.epoch_ttl())
+            .arg(epoch_ttl(&self.shared))
             .arg(millis(self.shared.config.inbox_ttl));
         pipeline.add_command(command);
+        self.attend(&mut pipeline);
         let answers = live.execute(&pipeline).await?;
         if let Some(error) = error::first_refusal(&answers) {
             return Err(error.clone().into());
@@ -186,6 +205,7 @@ impl Reader {
             self.keys.epoch(),
         ];
         pipeline.cmd("UNLINK").arg(&keys).arg(&self.bodies);
+        self.audiences.leave(&mut pipeline, self.keys.address());
         self.shared.link.try_execute(&pipeline).await;
     }
 
@@ -206,7 +226,7 @@ impl Reader {
                 command
                     .arg(&self.epoch)
                     .arg(self.read)
-                    .arg(self.epoch_ttl())
+                    .arg(epoch_ttl(&self.shared))
                     .arg(millis(self.shared.config.inbox_ttl));
                 pipeline.add_command(command);
                 if !self.bodies.is_empty() {
@@ -216,6 +236,10 @@ impl Reader {
                 self.bytes = 0;
                 self.bodies.clear();
                 self.acknowledged = Instant::now();
+                // Seldom: each service costs a command.
+                if self.attended.elapsed() >= Duration::from_millis(epoch_ttl(&self.shared) / 4) {
+                    self.attend(&mut pipeline);
+                }
             }
             if wait {
                 let block = if Instant::now() < ghost_until {
@@ -270,6 +294,9 @@ impl Reader {
             }
             self.read += frames.len();
             let replies = self.decode(frames, &mut live).await?;
+            if replies.is_empty() {
+                continue;
+            }
             if events.send(InboxEvent::Replies(replies)).await.is_err() {
                 return Ok(());
             }
@@ -294,24 +321,28 @@ impl Reader {
                 continue;
             };
             self.bytes += bytes.len();
-            incoming.push(match frame::decode_reply(Bytes::from(bytes)) {
-                Ok(frame) => {
-                    if let Some(id) = frame.apart {
-                        apart.push((incoming.len(), self.keys.body(&id)));
-                    }
-                    Incoming::Reply(frame.reply)
+            let (letter, id) = match frame::decode_letter(Bytes::from(bytes)) {
+                Ok(Letter::Reply(frame)) => (Incoming::Reply(frame.reply), frame.apart),
+                Ok(Letter::Request { service, mut frame }) => {
+                    let id = frame.apart.take();
+                    let request = self.left_of(frame);
+                    (Incoming::Request { service, request }, id)
                 }
-                Err(bad) => Incoming::Undecodable {
-                    id: bad.id,
-                    reason: bad.reason,
-                },
-            });
+                Ok(Letter::Ignored) => continue,
+                Err(bad) => {
+                    let (id, reason) = (bad.id, bad.reason);
+                    (Incoming::Undecodable { id, reason }, None)
+                }
+            };
+            apart.extend(id.map(|id| (incoming.len(), self.keys.body(&id))));
+            incoming.push(letter);
         }
         self.shared
             .sender
             .pace
             .answered(incoming.iter().filter_map(|incoming| match incoming {
                 Incoming::Reply(reply) => Some(&reply.id),
+                Incoming::Request { .. } => None,
                 Incoming::Undecodable { id, .. } => id.as_ref(),
             }));
         for few in apart.chunks(FETCH) {
@@ -323,24 +354,24 @@ impl Reader {
                 let Some(slot) = incoming.get_mut(*index) else {
                     continue;
                 };
-                let Incoming::Reply(reply) = &mut *slot else {
-                    continue;
+                let (id, place) = match &mut *slot {
+                    Incoming::Reply(reply) => (&reply.id, &mut reply.body),
+                    Incoming::Request { request, .. } => (&request.id, &mut request.body),
+                    Incoming::Undecodable { .. } => continue,
                 };
                 match answer {
                     Value::BulkString(body) => {
                         self.bytes += body.len();
-                        reply.body = body.into();
+                        *place = body.into();
                     }
                     // Nothing of this page is acknowledged: it is read again.
                     Value::ServerError(error) if !error::is_lasting(&error) => {
                         return Err(error.into());
                     }
                     _ => {
-                        let reason = "the reply's body is gone".to_owned();
-                        *slot = Incoming::Undecodable {
-                            id: Some(reply.id.clone()),
-                            reason,
-                        };
+                        let id = Some(id.clone());
+                        let reason = "the body is gone".to_owned();
+                        *slot = Incoming::Undecodable { id, reason };
                     }
                 }
             }
@@ -354,10 +385,34 @@ impl Reader {
         BLOCK.min(self.shared.config.inbox_ttl / 4)
     }
 
-    /// Shorter than that of the replies: while the epoch is there, so is all that arrived.
-    fn epoch_ttl(&self) -> u64 {
-        millis(self.shared.config.inbox_ttl * 3 / 4)
+    /// Adds the commands by which the inbox stays in its audiences.
+    fn attend(&mut self, pipeline: &mut Pipeline) {
+        self.attended = Instant::now();
+        let lasts = epoch_ttl(&self.shared);
+        self.audiences.stay(pipeline, self.keys.address(), lasts);
     }
+
+    /// A request with what is left of its budget now.
+    fn left_of(&self, frame: RequestFrame) -> Request {
+        let mut request = frame.request;
+        if let (Some(at), Some(now), Some(deadline)) =
+            (frame.expiry.at, self.shared.clock.now(), request.deadline)
+        {
+            // The clock is late rather than early, so what it says is left is not too little.
+            let left = Duration::from_millis(at.saturating_sub(now));
+            let budget = match frame.expiry.budget {
+                Some(_) => left.min(deadline.budget),
+                None => left,
+            };
+            request.deadline = Some(Deadline { budget, ..deadline });
+        }
+        request
+    }
+}
+
+/// Shorter than that of the replies: while the epoch is there, so is all that arrived.
+fn epoch_ttl(shared: &Shared) -> u64 {
+    millis(shared.config.inbox_ttl * 3 / 4)
 }
 
 fn lost() -> InboxEvent {

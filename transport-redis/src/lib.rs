@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
+mod audience;
 mod claim;
 mod clock;
 mod completer;
@@ -28,6 +29,7 @@ mod settlement;
 mod subscription;
 mod taker;
 mod transport;
+mod withdrawal;
 
 use std::time::Duration;
 

@@ -23,6 +23,8 @@ pub(crate) struct ServiceKeys {
     pub(crate) owner: String,
     /// Dead letters.
     pub(crate) dead: String,
+    /// The inboxes of its servers, and until when each is there.
+    pub(crate) audience: String,
     prefix: String,
 }
 
@@ -38,6 +40,7 @@ impl ServiceKeys {
             live: key("l"),
             owner: key("x"),
             dead: key("dead"),
+            audience: key("a"),
             prefix,
         }
     }
@@ -96,7 +99,13 @@ impl InboxKeys {
         format!("{}:e", self.list())
     }
 
-    /// The body of a reply, if it has its own key.
+    /// The epoch, if there is one as long as the inbox lives: of a plain peer's nothing is known.
+    pub(crate) fn sign_of_life(&self) -> Option<String> {
+        let client = self.list().strip_prefix('{')?.strip_suffix("}:i")?;
+        is_random_id(client).then(|| self.epoch())
+    }
+
+    /// The body of what arrives there, if it has its own key.
     pub(crate) fn body(&self, id: &str) -> String {
         format!("{}:b:{id}", self.list())
     }
@@ -122,12 +131,11 @@ mod tests {
     #[test]
     fn only_inboxes_are_reply_addresses() {
         let ours = InboxKeys::random().unwrap();
+        assert_eq!(ours.sign_of_life(), Some(ours.epoch()));
         assert_eq!(InboxKeys::parse(ours.address()), Some(ours));
         for good in ["{a}:i", "{plain.client-7_x}:i"] {
-            assert!(
-                InboxKeys::parse(&ReplyAddress::new(good).unwrap()).is_some(),
-                "{good}"
-            );
+            let plain = InboxKeys::parse(&ReplyAddress::new(good).unwrap()).unwrap();
+            assert_eq!(plain.sign_of_life(), None, "{good}");
         }
         for bad in [
             "a",

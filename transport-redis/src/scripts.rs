@@ -19,6 +19,8 @@ macro_rules! steps {
 
 steps! {
     ACK = "lua/ack.lua";
+    ATTEND = "lua/attend.lua";
+    AUDIENCE = "lua/audience.lua";
     BEAT = "lua/beat.lua";
     BEGIN = "lua/begin.lua";
     CLAIM = "lua/claim.lua";
@@ -32,6 +34,7 @@ steps! {
     RECLAIM = "lua/reclaim.lua";
     SEND_ONE = "lua/send_one.lua";
     SETTLE = "lua/settle.lua";
+    WITHDRAW = "lua/withdraw.lua";
 }
 
 impl Step {

@@ -16,7 +16,7 @@ use crate::frame::{self, Expiry};
 use crate::naming::{self, InboxKeys, ServiceKeys};
 use crate::pace::Pace;
 use crate::sender::{Done, Job, TICK, withdrawn_error};
-use crate::{QUEUE_TTL, error, scripts};
+use crate::{QUEUE_TTL, audience, error, scripts};
 
 /// How often an idle connection is tried, in ticks.
 const IDLE_TICKS: u32 = 5;
@@ -43,6 +43,8 @@ enum Sent {
     /// A body or a bell; nobody waits for it.
     Aside,
     Pushed(Vec<Done>),
+    /// To an inbox, which may be gone.
+    Delivered(Vec<Done>),
     Conditional(Done),
 }
 
@@ -95,10 +97,7 @@ impl Writer {
         let mut inboxes: HashMap<InboxKeys, Group> = HashMap::new();
         let mut frame = Vec::with_capacity(FRAME_BYTES);
         // Read once: what is a little late then is no deadline, which is rounded up.
-        let now = Now {
-            here: Instant::now(),
-            there: self.clock.now(),
-        };
+        let now = Now::of(&self.clock);
         let count = jobs.len();
         let mut asking = 0;
         for job in jobs {
@@ -175,9 +174,7 @@ impl Writer {
                     }
                     frame::encode_reply(&reply, apart.as_deref(), &mut frame);
                     let group = inboxes.entry(to).or_insert_with_key(|to| {
-                        let mut command = scripts::PUSH.on(&[to.list(), &to.bell()]);
-                        command.arg(millis(self.config.inbox_ttl));
-                        Group::new(command)
+                        Group::new(audience::push(to, self.config.inbox_ttl))
                     });
                     group.command.arg(&frame[..]);
                     group.sends.push(done);
@@ -200,7 +197,7 @@ impl Writer {
         self.protect(&mut pipeline, &mut sent);
         for group in inboxes.into_values() {
             pipeline.add_command(group.command);
-            sent.push(Sent::Pushed(group.sends));
+            sent.push(Sent::Delivered(group.sends));
         }
         async move {
             if pipeline.is_empty() {
@@ -330,14 +327,21 @@ impl Group {
 }
 
 /// One moment, by both clocks.
-struct Now {
+pub(crate) struct Now {
     here: Instant,
     there: Option<u64>,
 }
 
 impl Now {
+    pub(crate) fn of(clock: &Clock) -> Self {
+        Self {
+            here: Instant::now(),
+            there: clock.now(),
+        }
+    }
+
     /// When a request expires, with the time that it waited here taken off; `None` if it has.
-    fn expiry(&self, request: &Request, since: Instant) -> Option<Expiry> {
+    pub(crate) fn expiry(&self, request: &Request, since: Instant) -> Option<Expiry> {
         let Some(deadline) = request.deadline else {
             return Some(Expiry::default());
         };
@@ -374,7 +378,13 @@ impl Sent {
     fn finish(self, answer: &Value) {
         match (self, answer) {
             (Self::Aside, _) => {}
-            (Self::Pushed(sends), Value::Int(_)) => {
+            (Self::Delivered(sends), Value::Int(0)) => {
+                Self::Delivered(sends).fail(&Error::not_executed(
+                    ErrorKind::NoResponder,
+                    "the inbox is gone",
+                ));
+            }
+            (Self::Pushed(sends) | Self::Delivered(sends), Value::Int(_)) => {
                 for done in sends {
                     // Nobody waits for a send whose future was dropped.
                     let _ = done.send(Ok(()));
@@ -400,7 +410,7 @@ impl Sent {
     fn fail(self, error: &Error) {
         match self {
             Self::Aside => {}
-            Self::Pushed(sends) => {
+            Self::Pushed(sends) | Self::Delivered(sends) => {
                 for done in sends {
                     let _ = done.send(Err(error.clone()));
                 }

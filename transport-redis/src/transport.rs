@@ -6,7 +6,7 @@ use std::time::Duration;
 use antiphon_core::transport::{
     Capabilities, ConnectionState, Inbox, Outbound, SubscribeOptions, Subscription, Transport,
 };
-use antiphon_core::{Error, ErrorKind, ServiceName};
+use antiphon_core::{CorrelationId, Error, ErrorKind, Request, ServiceName};
 use async_trait::async_trait;
 use redis::Pipeline;
 use tokio::sync::watch;
@@ -24,7 +24,7 @@ use crate::naming::InboxKeys;
 use crate::sender::Sender;
 use crate::settle_batch;
 use crate::subscription::RedisSubscription;
-use crate::{error, server_check};
+use crate::{audience, error, server_check, withdrawal};
 
 /// The most time for closing, and for each step of it.
 const CLOSE_MAX: Duration = Duration::from_secs(5);
@@ -165,7 +165,7 @@ impl Drop for RedisTransport {
 #[async_trait]
 impl Transport for RedisTransport {
     fn capabilities(&self) -> Capabilities {
-        Capabilities::none().with_fenced_replies()
+        Capabilities::none().with_fenced_replies().with_withdrawal()
     }
 
     async fn send(&self, message: Outbound) -> Result<(), Error> {
@@ -189,6 +189,19 @@ impl Transport for RedisTransport {
                 self.shared.sender.reply(inbox, reply).await
             }
         }
+    }
+
+    async fn broadcast(
+        &self,
+        service: &ServiceName,
+        request: Request,
+    ) -> Result<Option<usize>, Error> {
+        let reached = audience::broadcast(&self.shared, service, request).await?;
+        Ok(Some(reached))
+    }
+
+    async fn withdraw(&self, service: &ServiceName, id: &CorrelationId) -> Result<bool, Error> {
+        withdrawal::withdraw(&self.shared, service, id).await
     }
 
     async fn open_inbox(&self) -> Result<Box<dyn Inbox>, Error> {

@@ -1,18 +1,24 @@
 //! The cases, one file per group.
 
+mod cancel;
+mod channels;
 mod close;
+mod clutch;
 mod competing;
 mod correlation;
 mod deadlines;
 mod exclusive;
 mod faults;
 mod leaks;
+mod long_calls;
 mod no_responder;
+mod nodes;
 mod payload;
 mod poison;
 mod reconnect;
 mod redelivery;
 mod round_trip;
+mod standby;
 
 use crate::case::{Case, Promise};
 
@@ -30,6 +36,12 @@ const GROUPS: &[&[Case]] = &[
     leaks::CASES,
     close::CASES,
     reconnect::CASES,
+    nodes::CASES,
+    cancel::CASES,
+    long_calls::CASES,
+    channels::CASES,
+    standby::CASES,
+    clutch::CASES,
 ];
 
 /// A case of the suite.

@@ -28,7 +28,7 @@ flaws! {
     // What a request is on its way.
 
     /// Bodies lose their last byte.
-    DropsTheLastByte => ["round_trip/raw_bytes", "payload/any_bytes"],
+    DropsTheLastByte => ["round_trip/raw_bytes", "payload/any_bytes", "nodes/servers_of_one_node_share", "channels/results_come_with_their_metadata", "channels/closing_ends_the_stream", "channels/lost_server_does_not_hang_it", "channels/many_in_order", "channels/many_as_completed"],
     /// Bodies are cut at 64 KiB.
     CutsLongBodies => [
         "payload/one_mebibyte",
@@ -52,7 +52,7 @@ flaws! {
     /// Requests go to the service that was subscribed to last.
     MixesServices => ["round_trip/services_do_not_mix"],
     /// The node in a service's name is ignored.
-    IgnoresNodes => ["round_trip/node_queues_are_apart"],
+    IgnoresNodes => ["round_trip/node_queues_are_apart", "nodes/one_node_is_reached"],
     /// Each request is sent twice.
     DuplicatesRequests => ["round_trip/notify_is_executed_once", "competing/each_request_goes_to_one_server"],
     /// Every other request is overtaken by the next one.
@@ -87,7 +87,7 @@ flaws! {
     RefusesShortBudgets => ["deadlines/tiny_timeout_is_kept"],
     /// Every request wants a responder.
     AlwaysExpectsResponder =>
-        ["no_responder/late_server_serves_the_call", "no_responder/call_waits_until_its_deadline"],
+        ["no_responder/late_server_serves_the_call", "no_responder/call_waits_until_its_deadline", "cancel/cancelled_while_queued", "cancel/pickup_timeout_is_no"],
     /// No request gets to know that there is no responder.
     NeverSaysNoResponder => ["no_responder/expect_responder_fails_fast"],
     /// Whoever was served once is thought to be served for ever.
@@ -100,7 +100,7 @@ flaws! {
     // Replies.
 
     /// Replies never arrive.
-    DropsReplies => ["round_trip/typed", "payload/undecodable_reply_fails_its_call_only"],
+    DropsReplies => ["round_trip/typed", "payload/undecodable_reply_fails_its_call_only", "channels/unacknowledged_comes_again", "channels/window_holds_the_sender", "channels/faults_are_results"],
     /// The oldest request gets the first reply, whosever it is.
     AnswersInOrder => ["correlation/out_of_order_replies"],
     /// A reply that does not settle a delivery is lost.
@@ -110,7 +110,7 @@ flaws! {
         "correlation/unknown_reply_is_counted",
     ],
     /// All inboxes have the address of the first.
-    SharesAddresses => ["correlation/own_and_other_clients_are_apart"],
+    SharesAddresses => ["correlation/own_and_other_clients_are_apart", "channels/channels_do_not_mix"],
     /// Faults lose their details and whether to retry.
     LosesDetails => ["faults/handlers_fault_arrives_whole", "faults/oversized_fault_details_are_cut"],
     /// All faults have one code.
@@ -170,13 +170,13 @@ flaws! {
         "exclusive/second_is_refused",
         "exclusive/mixing_is_detected",
         "exclusive/one_of_many_gets_in",
-        "exclusive/former_owner_stays_out",
+        "exclusive/former_owner_stays_out", "standby/standby_waits_and_takes_over", "standby/one_of_many_takes_over", "standby/newcomer_waits_for_what_runs"
     ],
     /// Who owned a service once owns it for ever.
     OwnsForEver => [
         "exclusive/next_gets_in_after_a_stop",
         "exclusive/next_gets_in_after_a_close",
-        "exclusive/next_gets_in_after_a_kill",
+        "exclusive/next_gets_in_after_a_kill", "standby/standby_takes_over_after_a_kill", "standby/standby_stops_while_it_waits"
     ],
 
     // Ends.
@@ -189,6 +189,7 @@ flaws! {
         "leaks/dropped_inbox_is_removed",
         "leaks/killed_client_leaves_nothing",
         "leaks/vanished_caller_costs_nothing",
+        "channels/dropped_results_release_everything",
     ],
     /// The connection is closed with the first inbox.
     ClosesWithItsInbox => ["close/closed_client_refuses_calls"],
@@ -219,8 +220,40 @@ flaws! {
     GivesUp => [
         "exclusive/owner_survives_a_cut",
         "reconnect/server_heals",
-        "reconnect/server_heals_with_work_in_hand",
+        "reconnect/server_heals_with_work_in_hand", "clutch/finished_replies_are_sent_later"
     ],
     /// The state says that all is well, always.
-    HidesItsState => ["reconnect/state_tells"],
+    HidesItsState => ["reconnect/state_tells", "clutch/engagement_is_shown", "clutch/it_gives_up_as_told", "clutch/it_stops_as_told"],
+
+    // What is said besides.
+
+    /// A broadcast reaches nobody, and says so.
+    BroadcastsToNobody => [
+        "nodes/all_answer",
+        "nodes/ping_info_and_stats",
+        "cancel/dropped_call_cancels_its_handler",
+        "standby/newcomer_takes_over", "nodes/enough_is_enough", "nodes/asked_in_a_burst", "cancel/cancelled_while_running"
+    ],
+    /// A broadcast counts one server more than there are.
+    MiscountsBroadcasts => ["nodes/all_answer", "nodes/nobody_is_there_to_ask", "nodes/stopped_node_is_not_asked"],
+    /// Replies lose the name of who sent them.
+    LosesReplyNodes => ["nodes/all_answer", "nodes/faults_are_answers"],
+    /// Signals do not arrive.
+    LosesSignals => [
+        "nodes/silent_node_is_named",
+        "long_calls/running_is_told",
+        "long_calls/progress_arrives_in_order",
+        "long_calls/lost_server_is_told",
+        "cancel/pickup_is_in_time", "long_calls/progress_of_a_quick_handler_arrives", "long_calls/taken_over_is_not_lost"
+    ],
+    /// Signals are taken for replies.
+    TakesSignalsForReplies => ["long_calls/progress_arrives_in_order", "long_calls/slow_handler_is_not_lost"],
+    /// The broker says of every request that it runs.
+    InventsSignals => ["long_calls/fast_calls_are_told_nothing"],
+    /// Every request seems to come from a plain peer.
+    ForgetsSignals => ["long_calls/running_is_told", "cancel/vanished_caller_cancels_its_handler"],
+    /// A withdrawn request stays in its queue.
+    WithdrawsNothing => ["cancel/given_up_is_withdrawn", "cancel/given_up_is_not_started", "cancel/many_are_given_up_at_once", "cancel/pickup_times_out_behind_a_busy_server"],
+    /// A reply to an inbox that is gone says that all is well.
+    HidesGoneInboxes => ["cancel/vanished_caller_cancels_its_handler"],
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use antiphon_core::transport::{Inbox, InboxEvent, Incoming};
-use antiphon_core::{Error, ErrorKind, ReplyAddress};
+use antiphon_core::{Error, ErrorKind, ReplyAddress, ServiceName};
 use async_trait::async_trait;
 
 use super::Flaw;
@@ -36,6 +36,13 @@ impl Inbox for FlawedInbox {
         match &self.sound {
             Some(sound) if !self.line.has(Flaw::SharesAddresses) => sound.address(),
             _ => self.first.clone(),
+        }
+    }
+
+    async fn join(&mut self, service: &ServiceName) -> Result<(), Error> {
+        match &mut self.sound {
+            Some(sound) => sound.join(service).await,
+            None => Ok(()),
         }
     }
 

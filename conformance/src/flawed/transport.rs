@@ -96,6 +96,16 @@ impl Line {
                     message.service = service;
                 }
             }
+            Flaw::InventsSignals => {
+                if let Some(to) = request.reply_to.clone() {
+                    let node = antiphon_core::Node::new("planted")?;
+                    let every = Duration::from_secs(5);
+                    let signal = antiphon_core::Signal::Running { node, every };
+                    let reply = Reply::signal(request.id.clone(), signal);
+                    self.sound.send(Outbound::Reply { to, reply }).await?;
+                }
+            }
+            Flaw::ForgetsSignals => request.signals = antiphon_core::Signals::None,
             Flaw::IgnoresNodes => message.service = without_node(&message.service)?,
             Flaw::NeverCommits => message.ticket = Ticket::new(),
             Flaw::AlwaysExpectsResponder => message.expect_responder = true,
@@ -142,6 +152,10 @@ impl Line {
             }
             Flaw::SendsWithdrawn => {
                 message.ticket = Ticket::new();
+                // And late: what it waited is forgotten.
+                if let Some(deadline) = &mut request.deadline {
+                    deadline.budget += Duration::from_secs(10);
+                }
                 let sound = Arc::clone(&self.sound);
                 let sent = tokio::spawn(async move { sound.send(message.with(request)).await });
                 return sent.await.unwrap_or(Ok(()));
@@ -155,12 +169,22 @@ impl Line {
         if self.has(Flaw::LosesBareReplies) {
             return Ok(());
         }
-        self.sound
-            .send(Outbound::Reply {
-                to,
-                reply: self.reply(reply)?,
-            })
-            .await
+        let mut reply = self.reply(reply)?;
+        match self.world.flaw {
+            Flaw::LosesReplyNodes => reply.node = None,
+            Flaw::LosesSignals if is_signal(&reply) => return Ok(()),
+            Flaw::TakesSignalsForReplies if is_signal(&reply) => reply.outcome = Outcome::Value,
+            _ => {}
+        }
+        let sent = self.sound.send(Outbound::Reply { to, reply }).await;
+        match sent {
+            Err(error)
+                if self.has(Flaw::HidesGoneInboxes) && error.kind() == ErrorKind::NoResponder =>
+            {
+                Ok(())
+            }
+            sent => sent,
+        }
     }
 
     /// What becomes of a reply on its way.
@@ -272,6 +296,26 @@ impl Transport for Flawed {
         }
     }
 
+    async fn broadcast(
+        &self,
+        service: &ServiceName,
+        request: Request,
+    ) -> Result<Option<usize>, Error> {
+        if self.line.has(Flaw::BroadcastsToNobody) {
+            return Ok(Some(0));
+        }
+        let reached = self.line.sound.broadcast(service, request).await?;
+        let miscounted = usize::from(self.line.has(Flaw::MiscountsBroadcasts));
+        Ok(reached.map(|reached| reached + miscounted))
+    }
+
+    async fn withdraw(&self, service: &ServiceName, id: &CorrelationId) -> Result<bool, Error> {
+        if self.line.has(Flaw::WithdrawsNothing) {
+            return Ok(true);
+        }
+        self.line.sound.withdraw(service, id).await
+    }
+
     async fn open_inbox(&self) -> Result<Box<dyn Inbox>, Error> {
         let sound = self.line.sound.open_inbox().await?;
         let first = self
@@ -334,4 +378,8 @@ impl Transport for Flawed {
         }
         line.sound.close().await;
     }
+}
+
+fn is_signal(reply: &Reply) -> bool {
+    matches!(reply.outcome, Outcome::Signal(_))
 }

@@ -274,6 +274,7 @@ impl Courier {
             }
             self.flush();
         }
+        self.give_up_stranded();
         self.ask();
         let unsent = &mut self.unsent;
         self.later.retain(|(at, key)| {

@@ -10,8 +10,8 @@ use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use tokio::time::{Instant, sleep};
 
-use super::{Courier, DROPPED_WAITS, RETURNED_RETRY};
-use crate::held::{Progress, Work};
+use super::{Courier, DROPPED_WAITS, PROMPT_PREFETCH, RETURNED_RETRY};
+use crate::held::{Held, Progress, Work};
 use crate::outlet::Fate;
 use crate::settle::Command;
 use crate::topology;
@@ -82,7 +82,14 @@ impl Courier {
                     Settle::Reply(Some(reply)) if held.reply_to().is_some() => {
                         Work::Reply(Box::new(reply))
                     }
-                    Settle::Reply(_) => return self.complete(key),
+                    Settle::Reply(_) => {
+                        let prefetch = self.route.plan.prefetch;
+                        if prefetch < PROMPT_PREFETCH && self.handed >= prefetch {
+                            // The broker sends nothing before it is acknowledged.
+                            self.tick = Some(Instant::now());
+                        }
+                        return self.complete(key);
+                    }
                     // The copy in the queue is settled by whoever gets it.
                     Settle::DeadLetter { .. } | Settle::Release if held.tag.is_none() => {
                         return self.forget(key, Err(lost_lease()));
@@ -184,6 +191,25 @@ impl Courier {
         let pause = refused_retry(held.refusals);
         held.refusals = held.refusals.saturating_add(1);
         self.later.push((Instant::now() + pause, key));
+    }
+
+    /// No connection is left, so that who replied must see to the reply: its request is in its queue again.
+    pub(super) fn give_up_stranded(&mut self) {
+        if self.intake.is_some() || self.route.publish.session().is_some() {
+            return;
+        }
+        let stranded = |held: &Held| matches!(held.progress, Progress::Publishing(Work::Reply(_)));
+        let keys: Vec<u64> = self
+            .held
+            .iter()
+            .filter(|(_, held)| stranded(held))
+            .map(|(key, _)| *key)
+            .collect();
+        for key in keys {
+            let message = "the connection was lost before the broker accepted the reply";
+            let error = Error::maybe_executed(ErrorKind::ConnectionLost, message);
+            self.forget(key, Err(error));
+        }
     }
 
     /// Nobody waits for this reply any more.

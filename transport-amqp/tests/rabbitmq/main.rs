@@ -6,6 +6,7 @@ mod bench;
 mod faults;
 mod peers;
 mod queues;
+mod said;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -51,6 +52,11 @@ fn main() -> ExitCode {
         queues::a_call_while_its_queue_is_declared_is_answered,
         queues::what_nobody_received_is_not_counted,
         queues::a_busy_server_gives_back_what_it_cannot_start,
+        said::who_has_joined_hears_it,
+        said::an_inbox_that_comes_back_has_joined,
+        said::a_reply_to_an_inbox_that_is_gone_is_told,
+        said::who_stands_by_leaves_nothing_behind,
+        said::a_plain_call_costs_no_further_command,
         faults::wrong_credentials_are_refused_at_once,
         faults::an_address_that_does_not_answer_is_given_up,
         faults::everybody_leaves_a_connection_that_does_not_answer,

@@ -11,6 +11,7 @@ use bytes::Bytes;
 use futures_util::future::join_all;
 use lapin::options::{QueueDeclareOptions, QueueDeleteOptions};
 use lapin::types::{AMQPValue, FieldTable};
+use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep};
 
 use crate::Verdict;
@@ -170,9 +171,14 @@ pub(crate) async fn a_deleted_service_queue_comes_back(bench: Bench) {
 
 pub(crate) async fn a_deleted_inbox_is_told_and_comes_back(bench: Bench) -> Verdict {
     let service = fresh("slow");
-    let slow = |body: Bytes| async move {
-        sleep(Duration::from_secs(2)).await;
-        Ok::<_, Fault>(body)
+    let gate = Arc::new(Semaphore::new(0));
+    let door = Arc::clone(&gate);
+    let slow = move |body: Bytes| {
+        let door = Arc::clone(&door);
+        async move {
+            let _ = door.acquire().await;
+            Ok::<_, Fault>(body)
+        }
     };
     let server = Server::new(bench.connect().await).handle_raw(service.as_str(), slow);
     let _server = server.start().await.unwrap();
@@ -182,6 +188,7 @@ pub(crate) async fn a_deleted_inbox_is_told_and_comes_back(bench: Bench) -> Verd
     bench
         .ctl(&["delete_queue", client.inbox().as_str()])
         .await?;
+    gate.add_permits(2);
     let error = call.await.unwrap().unwrap_err();
     assert_eq!(
         (error.kind(), error.executed()),

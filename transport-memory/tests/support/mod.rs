@@ -9,7 +9,7 @@ use antiphon_core::transport::{
     SubscriptionEvent,
 };
 use antiphon_core::{
-    Deadline, Error, Reply, ReplyAddress, Request, ServiceName, Ticket, Transport,
+    Deadline, Error, ErrorKind, Reply, ReplyAddress, Request, ServiceName, Ticket, Transport,
 };
 use antiphon_memory::{MemoryBroker, MemoryTransport};
 use futures_util::FutureExt;
@@ -68,6 +68,13 @@ pub(crate) async fn send_reply(transport: &MemoryTransport, to: &ReplyAddress, r
     }))
     .await
     .unwrap();
+}
+
+/// A reply to an inbox that is gone.
+pub(crate) async fn send_to_nowhere(transport: &MemoryTransport, to: &ReplyAddress, reply: Reply) {
+    let to = to.clone();
+    let sent = within(transport.send(Outbound::Reply { to, reply })).await;
+    assert_eq!(sent.unwrap_err().kind(), ErrorKind::NoResponder);
 }
 
 pub(crate) async fn subscribe(

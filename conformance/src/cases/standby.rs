@@ -1,0 +1,198 @@
+//! Whoever stands by gets in when the owner goes; a newcomer that must have the service gets it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use antiphon_core::{Engagement, Error, ErrorKind, Fault, RunningServer, Server, ServiceName};
+use bytes::Bytes;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep};
+
+use crate::bench::*;
+use crate::case::{Verdict, cases};
+
+cases!("standby": [
+    standby_waits_and_takes_over: G10,
+    standby_takes_over_after_a_kill: G10,
+    one_of_many_takes_over: G10,
+    standby_stops_while_it_waits: G10,
+    newcomer_takes_over: G10,
+    newcomer_waits_for_what_runs: G10,
+]);
+
+/// A server that answers with its name.
+fn named_server(server: Server, service: &ServiceName, name: &'static str) -> Server {
+    server.handle_raw(service, move |_: Bytes| async move { Ok::<_, Fault>(name) })
+}
+
+async fn standing_by(
+    bench: &Bench,
+    service: &ServiceName,
+    name: &'static str,
+) -> Verdict<JoinHandle<Result<RunningServer, Error>>> {
+    let server = named_server(bench.server().await?.standby(), service, name);
+    Ok(tokio::spawn(server.start()))
+}
+
+async fn standby_waits_and_takes_over(bench: Bench) -> Verdict {
+    let service = bench.service("waits")?;
+    let owner = start(named_server(
+        bench.server().await?.exclusive(),
+        &service,
+        "owner",
+    ))
+    .await?;
+    let heir = standing_by(&bench, &service, "heir").await?;
+    let client = bench.client().await?;
+    sleep(QUIET).await;
+    for _ in 0..5 {
+        let reply = ok("call", client.call_raw(&service, "")).await?;
+        body_is("who answers while the owner lives", &reply.body, "owner")?;
+    }
+    ensure("who stands by", !heir.is_finished(), "it waits")?;
+    ok("stop the owner", owner.shutdown()).await?;
+    let _heir = joined("who stands by", heir).await?;
+    let reply = ok("call", client.call_raw(&service, "")).await?;
+    body_is("who answers after the owner", &reply.body, "heir")
+}
+
+async fn standby_takes_over_after_a_kill(bench: Bench) -> Verdict {
+    let service = bench.service("kill")?;
+    let connected = bench.connect().await?;
+    let owner = Server::new(connected.transport).exclusive();
+    let owner = start(named_server(owner, &service, "owner")).await?;
+    let heir = standing_by(&bench, &service, "heir").await?;
+    sleep(QUIET).await;
+    let killed = Instant::now();
+    connected.link.sever().await?;
+    let bound = bench.bounds().take_over;
+    let heir = ended("who stands by", bound + PROMPT, heir).await?;
+    let _heir = ok("take over", async { heir }).await?;
+    let took = killed.elapsed();
+    ensure(
+        "take over",
+        took <= bound + 2 * LATE,
+        format!("it is done within {bound:?}, not after {took:?}"),
+    )?;
+    drop(owner);
+    Ok(())
+}
+
+async fn one_of_many_takes_over(bench: Bench) -> Verdict {
+    let service = bench.service("many")?;
+    let owner = start(named_server(
+        bench.server().await?.exclusive(),
+        &service,
+        "owner",
+    ))
+    .await?;
+    let mut waiting = Vec::new();
+    for _ in 0..4 {
+        waiting.push(standing_by(&bench, &service, "heir").await?);
+    }
+    sleep(QUIET).await;
+    ok("stop the owner", owner.shutdown()).await?;
+    let got_in = || waiting.iter().filter(|heir| heir.is_finished()).count();
+    eventually(
+        "take over",
+        bench.bounds().take_over + PROMPT,
+        "one gets in",
+        || got_in() > 0,
+    )
+    .await?;
+    sleep(2 * QUIET).await;
+    same("how many got in", got_in(), 1)?;
+    waiting.iter().for_each(JoinHandle::abort);
+    Ok(())
+}
+
+async fn standby_stops_while_it_waits(bench: Bench) -> Verdict {
+    let service = bench.service("stops")?;
+    let owner = start(named_server(
+        bench.server().await?.exclusive(),
+        &service,
+        "owner",
+    ))
+    .await?;
+    let heir = named_server(bench.server().await?.standby(), &service, "heir");
+    ok("a standby that is shut down", heir.run_until(sleep(QUIET))).await?;
+    ok("stop the owner", owner.shutdown()).await?;
+    let next = named_server(bench.server().await?.exclusive(), &service, "next");
+    ok("start the next one", next.start()).await.map(drop)
+}
+
+async fn newcomer_takes_over(bench: Bench) -> Verdict {
+    let service = bench.service("newcomer")?;
+    let holder = named_server(bench.server().await?.exclusive(), &service, "holder");
+    let mut holder = start(holder).await?;
+    let mut engagement = holder.engagement();
+    let newcomer = named_server(bench.server().await?.take_over(), &service, "newcomer");
+    let bound = bench.bounds().take_over + PROMPT;
+    let _newcomer = ok_within("take over", bound, newcomer.start()).await?;
+    let error = within("the former holder is told", PROMPT, holder.over()).await?;
+    same("what it is told", error.kind(), ErrorKind::AlreadyOwned)?;
+    let stopped = |now: &Engagement| matches!(now, Engagement::Stopped { .. });
+    ensure(
+        "the former holder",
+        within(
+            "the former holder shows it",
+            PROMPT,
+            engagement.wait_for(stopped),
+        )
+        .await?
+        .is_ok(),
+        "it shows that it is stopped",
+    )?;
+    let client = bench.client().await?;
+    for _ in 0..5 {
+        let reply = ok("call", client.call_raw(&service, "")).await?;
+        body_is("who answers after the take-over", &reply.body, "newcomer")?;
+    }
+    Ok(())
+}
+
+async fn newcomer_waits_for_what_runs(bench: Bench) -> Verdict {
+    let service = bench.service("overlap")?;
+    let (running, most) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let handler = move |body: Bytes| {
+        let (running, most) = (Arc::clone(&running), Arc::clone(&most));
+        async move {
+            let now = running.fetch_add(1, Ordering::SeqCst) + 1;
+            most.fetch_max(now, Ordering::SeqCst);
+            sleep(Duration::from_millis(200)).await;
+            running.fetch_sub(1, Ordering::SeqCst);
+            Ok::<_, Fault>(format!(
+                "{}{}",
+                most.load(Ordering::SeqCst),
+                String::from_utf8_lossy(&body)
+            ))
+        }
+    };
+    let holder = bench
+        .server()
+        .await?
+        .exclusive()
+        .prefetch(1)
+        .handle_raw(&service, handler.clone());
+    let _holder = start(holder).await?;
+    let client = bench.client().await?;
+    let calls: Vec<_> = (0..10)
+        .map(|_| tokio::spawn(client.call_raw(&service, "").into_future()))
+        .collect();
+    sleep(QUIET).await;
+    let newcomer = bench
+        .server()
+        .await?
+        .take_over()
+        .prefetch(1)
+        .handle_raw(&service, handler);
+    let bound = bench.bounds().take_over + PROMPT;
+    let _newcomer = ok_within("take over", bound, newcomer.start()).await?;
+    for call in calls {
+        let result = ended("a call around a take-over", 4 * PROMPT, call).await?;
+        let reply = ok("a call around a take-over", async { result }).await?;
+        body_is("the most handlers at once", &reply.body, "1")?;
+    }
+    Ok(())
+}

@@ -1,0 +1,136 @@
+//! What a call attends to besides its reply: a token that gives it up, offers to take it, and what its server says.
+
+use std::future::pending;
+use std::pin::Pin;
+use std::sync::{Arc, PoisonError};
+
+use tokio::time::{Instant, Sleep, sleep_until, timeout_at};
+
+use crate::call::{CallEvent, Options};
+use crate::envelope::{Outcome, Reply};
+use crate::error::{Error, ErrorKind};
+use crate::exchange::Exchange;
+use crate::listeners::{Listening, Wants};
+use crate::name::ReplyAddress;
+use crate::signal::Signal;
+use crate::transport::{Outbound, Transport};
+
+/// Why a call ends before its reply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stopped {
+    Cancelled,
+    NotPickedUp,
+}
+
+/// A call's ears. Only calls that asked for something have them.
+pub(crate) struct Attention<'a> {
+    options: &'a Options,
+    transport: &'a Arc<dyn Transport>,
+    listening: Option<Listening>,
+    deadline: Instant,
+    /// None if no server need ask any more.
+    pickup: Option<Pin<Box<Sleep>>>,
+}
+
+impl<'a> Attention<'a> {
+    pub(crate) fn new(exchange: &Exchange<'a>, number: u128, started: Instant) -> Self {
+        let options = exchange.options;
+        let listens = options.pickup_timeout.is_some() || options.observer.is_some();
+        Self {
+            options,
+            transport: exchange.client.shared_transport(),
+            deadline: exchange.deadline,
+            listening: listens.then(|| exchange.client.listeners().listen(number, Wants::Signals)),
+            pickup: options
+                .pickup_timeout
+                .map(|timeout| Box::pin(sleep_until(started + timeout))),
+        }
+    }
+
+    /// Attends, until the call is to be stopped.
+    pub(crate) async fn attend(&mut self) -> Stopped {
+        loop {
+            let cancelled = async {
+                match &self.options.cancel {
+                    Some(token) => token.cancelled().await,
+                    None => pending().await,
+                }
+            };
+            let heard = async {
+                match &mut self.listening {
+                    Some(listening) => listening.recv().await,
+                    None => pending().await,
+                }
+            };
+            let not_picked_up = async {
+                match &mut self.pickup {
+                    Some(sleep) => sleep.as_mut().await,
+                    None => pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                () = cancelled => return Stopped::Cancelled,
+                reply = heard => self.hear(reply),
+                () = not_picked_up => return Stopped::NotPickedUp,
+            }
+        }
+    }
+
+    /// Hears what was said before the reply. No offer is accepted any more.
+    pub(crate) fn hear_the_rest(&mut self) {
+        while let Some(reply) = self.listening.as_mut().and_then(Listening::try_recv) {
+            if !matches!(reply.outcome, Outcome::Signal(Signal::Offer { .. })) {
+                self.hear(reply);
+            }
+        }
+    }
+
+    fn hear(&mut self, reply: Reply) {
+        let Outcome::Signal(signal) = reply.outcome else {
+            return;
+        };
+        let event = match signal {
+            Signal::Running { node, .. } => CallEvent::Running { node },
+            Signal::Progress { node } => CallEvent::Progress {
+                node,
+                body: reply.body,
+            },
+            Signal::Offer { to, id, .. } => return self.accept(to, Reply::value(id, "")),
+        };
+        if let Some(observer) = &self.options.observer {
+            // A panic in it ended its call.
+            observer.lock().unwrap_or_else(PoisonError::into_inner)(event);
+        }
+    }
+
+    /// Tells a server to start: the first that asks, and any that has the request after that one died.
+    fn accept(&mut self, to: ReplyAddress, reply: Reply) {
+        self.pickup = None;
+        let (transport, deadline) = (Arc::clone(self.transport), self.deadline);
+        // The call has its reply to wait for.
+        tokio::spawn(async move {
+            let sent = timeout_at(deadline, transport.send(Outbound::Reply { to, reply })).await;
+            if let Ok(Err(error)) = sent {
+                tracing::debug!(%error, "a server was not told to start");
+            }
+        });
+    }
+}
+
+impl Stopped {
+    pub(crate) fn kind(self) -> ErrorKind {
+        match self {
+            Self::Cancelled => ErrorKind::Cancelled,
+            Self::NotPickedUp => ErrorKind::PickupTimeout,
+        }
+    }
+
+    pub(crate) fn error(self, executed: crate::Executed) -> Error {
+        let message = match self {
+            Self::Cancelled => "the call was given up",
+            Self::NotPickedUp => "no server took it in time",
+        };
+        Error::new(self.kind(), executed, message)
+    }
+}

@@ -1,0 +1,285 @@
+//! What a server does about what is said to every server of a service: it is asked, told to give up, or to hand over.
+
+use std::collections::HashMap;
+use std::fmt::Debug;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use serde::Serialize;
+use tokio::sync::{Semaphore, mpsc};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::counters::Counters;
+use super::outbox::Outbox;
+use super::running::Running;
+use crate::config::ServerConfig;
+use crate::control::{self, NodeInfo};
+use crate::envelope::{CorrelationId, Reply, Request};
+use crate::error::{Error, Executed};
+use crate::fault::{Code, Fault};
+use crate::name::{Method, Node, ReplyAddress, ServiceName};
+use crate::service::Service;
+use crate::signal::{Signal, Signals};
+use crate::transport::{Delivery, Outbound, Settle, Settlement, Transport};
+
+/// How many words may wait to be dealt with; what comes on top is dropped, as if it had not arrived.
+pub(crate) const BACKLOG_MAX: usize = 1024;
+
+/// One for each running server.
+#[derive(Debug)]
+pub(crate) struct Desk {
+    pub(crate) transport: Arc<dyn Transport>,
+    pub(crate) config: ServerConfig,
+    pub(crate) node: Node,
+    pub(crate) services: HashMap<ServiceName, Served>,
+    pub(crate) running: Arc<Running>,
+    pub(crate) counters: Arc<Counters>,
+    pub(crate) outbox: Arc<Outbox>,
+    pub(crate) handlers: TaskTracker,
+    pub(crate) started: Instant,
+}
+
+/// One service, as the desk sees it.
+#[derive(Clone, Debug)]
+pub(crate) struct Served {
+    pub(crate) service: Arc<Service>,
+    /// The handlers of this service.
+    pub(crate) own: TaskTracker,
+    /// What is owned may be asked for.
+    pub(crate) owned: Owned,
+}
+
+/// The present ownership of a service, if there is one.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Owned(Arc<Mutex<Option<HandOver>>>);
+
+/// A way to end one ownership for a newcomer's sake.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct HandOver {
+    /// Fires when a newcomer wants the service.
+    pub(crate) asked: CancellationToken,
+    /// Fires when it is free, for whatever reason.
+    pub(crate) done: CancellationToken,
+}
+
+impl Owned {
+    pub(crate) fn begin(&self) -> HandOver {
+        let hand_over = HandOver::default();
+        *self.lock() = Some(hand_over.clone());
+        hand_over
+    }
+
+    pub(crate) fn end(&self) {
+        if let Some(hand_over) = self.lock().take() {
+            hand_over.done.cancel();
+        }
+    }
+
+    fn present(&self) -> Option<HandOver> {
+        self.lock().clone()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<HandOver>> {
+        // No code of a user runs under the lock.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Desk {
+    /// Deals with what is said until `kill`; from `stop` on, only with what is given up.
+    pub(crate) async fn run(
+        self,
+        mut words: mpsc::Receiver<(ServiceName, Request)>,
+        stop: CancellationToken,
+        kill: CancellationToken,
+    ) {
+        // Asked requests are not taken from the queue, so the prefetch of the subscription does not bound them.
+        let places = self.config.prefetch.min(Semaphore::MAX_PERMITS);
+        let places = Arc::new(Semaphore::new(places));
+        loop {
+            let word = tokio::select! {
+                biased;
+                () = kill.cancelled() => return,
+                word = words.recv() => word,
+            };
+            let Some((service, request)) = word else {
+                return;
+            };
+            let is_cancel = request.method.as_ref().map(Method::as_str) == Some(control::CANCEL);
+            if is_cancel || !stop.is_cancelled() {
+                self.hear(service, request, &places);
+            }
+        }
+    }
+
+    fn hear(&self, service: ServiceName, request: Request, places: &Arc<Semaphore>) {
+        match request.method.as_ref().map(Method::as_str) {
+            Some(control::CANCEL) => self.cancel(&request),
+            Some(control::PING) => self.answer(request, Bytes::new()),
+            Some(control::INFO) => {
+                let info = self.info();
+                self.answer_json(request, &info);
+            }
+            Some(control::STATS) => {
+                let stats = self.counters.node_stats(&self.running, &self.outbox);
+                self.answer_json(request, &stats);
+            }
+            Some(control::HAND_OVER) => self.hand_over(&service, request),
+            _ => self.ask(&service, request, places),
+        }
+    }
+
+    fn cancel(&self, request: &Request) {
+        let lasts = request
+            .deadline
+            .map_or(self.config.default_timeout, |deadline| deadline.budget);
+        for id in String::from_utf8_lossy(&request.body).lines() {
+            if let Ok(id) = CorrelationId::parse(id) {
+                self.running.give_up(&id, lasts);
+            }
+        }
+    }
+
+    fn info(&self) -> NodeInfo {
+        let mut services: Vec<_> = self.services.keys().map(ServiceName::to_string).collect();
+        services.sort_unstable();
+        NodeInfo {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            services,
+            prefetch: self.config.prefetch,
+            uptime: self.started.elapsed(),
+        }
+    }
+
+    /// Runs the service's own handler, and replies by name.
+    fn ask(&self, service: &ServiceName, request: Request, places: &Arc<Semaphore>) {
+        let Some(Served { service, own, .. }) = self.services.get(service) else {
+            return;
+        };
+        let Ok(place) = Arc::clone(places).try_acquire_owned() else {
+            let fault = Fault::new(Code::ResourceExhausted, "the server is busy").retryable();
+            let reply = Reply::fault(request.id.clone(), fault, Executed::No);
+            return self.send(&request, reply);
+        };
+        // So that the caller knows who is to answer, and can name who does not. Sent before the answer, and so there before.
+        let word = Signal::Running {
+            node: self.node.clone(),
+            every: self.config.heartbeat,
+        };
+        let word = (request.signals != Signals::None)
+            .then(|| self.saying(&request, Reply::signal(request.id.clone(), word)));
+        let settlement = ByName {
+            transport: Arc::clone(&self.transport),
+            to: request.reply_to.clone(),
+            node: self.node.clone(),
+        };
+        let expires = request
+            .deadline
+            .map(|deadline| Instant::now() + deadline.budget);
+        // Each server has a copy of its own: nobody else executes this one.
+        let lease = CancellationToken::new();
+        let delivery = Delivery::new(request, 1, expires, lease, Box::new(settlement));
+        let serve = Arc::clone(service).serve(delivery);
+        let serve = async move {
+            if let Some(Some(word)) = word {
+                word.await;
+            }
+            serve.await;
+            drop(place);
+        };
+        self.handlers.spawn(own.track_future(serve));
+    }
+
+    fn hand_over(&self, service: &ServiceName, request: Request) {
+        let served = self.services.get(service);
+        let Some(hand_over) = served.and_then(|served| served.owned.present()) else {
+            return;
+        };
+        let reply = Reply {
+            node: Some(self.node.clone()),
+            ..Reply::value(request.id, Bytes::new())
+        };
+        let (transport, to) = (Arc::clone(&self.transport), request.reply_to);
+        // Not one of the handlers: those are waited for before it is free.
+        tokio::spawn(async move {
+            hand_over.asked.cancel();
+            hand_over.done.cancelled().await;
+            if let Some(to) = to {
+                send(&*transport, to, reply).await;
+            }
+        });
+    }
+
+    fn answer_json(&self, request: Request, value: &impl Serialize) {
+        let body = serde_json::to_vec(value).unwrap_or_default();
+        self.answer(request, body.into());
+    }
+
+    fn answer(&self, request: Request, body: Bytes) {
+        let reply = Reply::value(request.id.clone(), body);
+        self.send(&request, reply);
+    }
+
+    fn send(&self, request: &Request, reply: Reply) {
+        if let Some(saying) = self.saying(request, reply) {
+            // Not one of the handlers, which a shutdown waits for.
+            tokio::spawn(saying);
+        }
+    }
+
+    /// Says something to who asked, while it waits for it.
+    fn saying(
+        &self,
+        request: &Request,
+        mut reply: Reply,
+    ) -> Option<impl Future<Output = ()> + Send + 'static> {
+        let to = request.reply_to.clone()?;
+        reply.node = Some(self.node.clone());
+        let transport = Arc::clone(&self.transport);
+        let waits = request
+            .deadline
+            .map_or(self.config.default_timeout, |deadline| deadline.budget);
+        Some(async move {
+            // Late, nobody waits for it.
+            let _ = tokio::time::timeout(waits, send(&*transport, to, reply)).await;
+        })
+    }
+}
+
+async fn send(transport: &dyn Transport, to: ReplyAddress, reply: Reply) {
+    if let Err(error) = transport.send(Outbound::Reply { to, reply }).await {
+        tracing::debug!(%error, "who asked did not get the answer");
+    }
+}
+
+/// Settles a request that nobody queued: by a reply to its caller, from this server by name.
+#[derive(Debug)]
+struct ByName {
+    transport: Arc<dyn Transport>,
+    to: Option<ReplyAddress>,
+    node: Node,
+}
+
+#[async_trait]
+impl Settlement for ByName {
+    async fn settle(self: Box<Self>, settle: Settle) -> Result<(), Error> {
+        let (Settle::Reply(Some(reply))
+        | Settle::DeadLetter {
+            reply: Some(reply), ..
+        }) = settle
+        else {
+            return Ok(());
+        };
+        let Some(to) = self.to else {
+            return Ok(());
+        };
+        let reply = Reply {
+            node: Some(self.node),
+            ..reply
+        };
+        self.transport.send(Outbound::Reply { to, reply }).await
+    }
+}

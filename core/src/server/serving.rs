@@ -1,0 +1,103 @@
+//! One service that is served.
+
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::desk::{HandOver, Owned, Served};
+use super::ownership::Owner;
+use super::running_server::DROP_TIMEOUT;
+use crate::config::Ownership;
+use crate::error::{Error, ErrorKind};
+use crate::transport::{Subscription, SubscriptionEvent};
+
+/// One service that is served.
+pub(super) struct Serving {
+    pub(super) subscription: Box<dyn Subscription>,
+    /// The service, its own handlers, and whether it is owned.
+    pub(super) served: Served,
+    /// The handlers of the whole server.
+    pub(super) all: TaskTracker,
+    pub(super) stop: CancellationToken,
+    pub(super) owner: Owner,
+}
+
+impl Serving {
+    /// Takes deliveries and has them served; why it is over, unless it was told to stop.
+    pub(super) async fn run(mut self) -> Option<Error> {
+        let owned = self.served.owned.clone();
+        let _free_at_the_end = FreeOnDrop(owned.clone());
+        let mut hand_over = self.begin();
+        loop {
+            let event = tokio::select! {
+                biased;
+                () = self.stop.cancelled() => break,
+                () = hand_over.asked.cancelled() => return Some(self.hand_over().await),
+                event = self.subscription.recv() => event,
+            };
+            match event {
+                SubscriptionEvent::Deliveries(deliveries) => {
+                    let own = self.is_alone().then_some(&self.served.own);
+                    self.served.service.start(deliveries, &self.all, own);
+                }
+                SubscriptionEvent::Closed(error) => {
+                    owned.end();
+                    let name = self.served.service.name();
+                    tracing::warn!(service = %name, %error, "no longer served");
+                    if self.owner.config.ownership != Ownership::Standby
+                        || error.kind() == ErrorKind::Closed
+                    {
+                        return Some(error);
+                    }
+                    let again = tokio::select! {
+                        again = self.owner.subscribe(std::slice::from_ref(name)) => again,
+                        () = self.stop.cancelled() => return None,
+                    };
+                    match again.map(|mut subscriptions| subscriptions.pop()) {
+                        Ok(Some(subscription)) => self.subscription = subscription,
+                        Ok(None) => return Some(error),
+                        Err(error) => return Some(error),
+                    }
+                    hand_over = self.begin();
+                }
+            }
+        }
+        self.subscription.stop().await;
+        None
+    }
+
+    /// What it has can be asked for, if nobody else has it.
+    fn begin(&self) -> HandOver {
+        if self.is_alone() {
+            self.served.owned.begin()
+        } else {
+            HandOver::default()
+        }
+    }
+
+    fn is_alone(&self) -> bool {
+        self.owner.config.ownership != Ownership::Shared
+    }
+
+    /// Leaves the service to a newcomer: when nothing of it runs here any more.
+    async fn hand_over(mut self) -> Error {
+        self.subscription.stop().await;
+        let own = &self.served.own;
+        own.close();
+        let grace = self.owner.config.grace;
+        if tokio::time::timeout(grace, own.wait()).await.is_err() {
+            self.served.service.kill.cancel();
+            // Those that block their thread cannot be dropped; nobody waits for them.
+            let _ = tokio::time::timeout(DROP_TIMEOUT, own.wait()).await;
+        }
+        Error::not_executed(ErrorKind::AlreadyOwned, "a newcomer took the service over")
+    }
+}
+
+/// Whoever asked for the service learns that it is free, however it ends.
+struct FreeOnDrop(Owned);
+
+impl Drop for FreeOnDrop {
+    fn drop(&mut self) {
+        self.0.end();
+    }
+}

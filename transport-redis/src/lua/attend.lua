@@ -1,0 +1,10 @@
+#!lua flags=allow-oom
+-- An inbox is, or stays, among those that hear what is said to every server of a service.
+-- KEYS audience
+-- ARGV inbox, for how long, ms
+-- Gives 1
+local time = redis.call('TIME')
+redis.call('ZADD', KEYS[1], time[1] * 1000 + math.floor(time[2] / 1000) + tonumber(ARGV[2]), ARGV[1])
+redis.call('PEXPIRE', KEYS[1], ARGV[2], 'NX')
+redis.call('PEXPIRE', KEYS[1], ARGV[2], 'GT')
+return 1

@@ -33,6 +33,12 @@ pub(crate) enum Command {
     Serve(ServeArgs),
     /// Call a service once, and print the reply's body, raw
     Call(CallArgs),
+    /// Ask which servers of a service are alive
+    Ping(InquiryArgs),
+    /// Ask the live servers of a service what they are
+    Info(InquiryArgs),
+    /// Ask the live servers of a service what they have done
+    Stats(InquiryArgs),
     /// Call a service many times, and measure
     Bench(BenchArgs),
     /// Run the conformance suite against the broker, and print its report
@@ -71,9 +77,21 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u16).range(1..))]
     pub(crate) prefetch: u16,
 
+    /// This server's name: it serves SERVICE@NODE as well
+    #[arg(long, value_name = "NODE")]
+    pub(crate) node: Option<String>,
+
     /// Serve alone: refuse to start while another server lives
-    #[arg(long)]
+    #[arg(long, group = "ownership")]
     pub(crate) exclusive: bool,
+
+    /// Serve alone: wait while another server lives
+    #[arg(long, group = "ownership")]
+    pub(crate) standby: bool,
+
+    /// Serve alone: have the server that does so hand over
+    #[arg(long, group = "ownership")]
+    pub(crate) take_over: bool,
 }
 
 #[derive(Debug, Args)]
@@ -93,6 +111,14 @@ pub(crate) struct CallArgs {
     #[arg(long)]
     pub(crate) expect_responder: bool,
 
+    /// Call the service on this node
+    #[arg(long, value_name = "NODE", conflicts_with = "all")]
+    pub(crate) node: Option<String>,
+
+    /// Ask every live server, and print a line for each: its node, a tab, and its answer
+    #[arg(long, conflicts_with = "expect_responder")]
+    pub(crate) all: bool,
+
     /// Set a header; may be repeated
     #[arg(long = "header", value_name = "K=V", value_parser = header)]
     pub(crate) headers: Vec<(String, String)>,
@@ -102,6 +128,20 @@ pub(crate) struct CallArgs {
     pub(crate) content_type: Option<String>,
 
     /// Print one JSON object, also on failure
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InquiryArgs {
+    /// The service's name
+    pub(crate) service: String,
+
+    /// How long to wait for the last answer, connecting included: 5s, 500ms, 2m
+    #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = duration)]
+    pub(crate) timeout: Duration,
+
+    /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,
 }

@@ -11,6 +11,7 @@ use tokio::time::Instant;
 
 use crate::args::CallArgs;
 use crate::exit::{self, Exit};
+use crate::gather;
 use crate::output;
 use crate::report::CallReport;
 use crate::session::Session;
@@ -18,6 +19,9 @@ use crate::signals::Signals;
 
 /// Calls once, and prints the reply.
 pub(crate) async fn run(url: Option<String>, args: CallArgs) -> Exit {
+    if args.all {
+        return gather::run(url, args).await;
+    }
     let json = args.json;
     let mut attempt = Attempt::default();
     let result = match Signals::listen() {
@@ -56,30 +60,26 @@ impl Attempt {
     async fn make(&mut self, url: Option<String>, args: CallArgs) -> Result<Reply, Error> {
         // What is wrong with the command line is told before any I/O.
         let url = url.ok_or_else(exit::no_url)?;
-        let service = ServiceName::new(&args.service)?;
-        let mut headers = Headers::new();
-        for (name, value) in &args.headers {
-            headers.insert(name, value)?;
-        }
-        if let Some(media_type) = &args.content_type {
-            ContentType::new(media_type)?;
-        }
-        let body = read_body(args.body).await?;
+        let (timeout, expect_responder) = (args.timeout, args.expect_responder);
+        let wanted = Wanted::of(args).await?;
 
         let started = *self.started.insert(Instant::now());
-        let deadline = started + args.timeout;
+        let deadline = started + timeout;
         let session = self
             .session
-            .insert(Session::open(&url, deadline, args.timeout).await?);
+            .insert(Session::open(&url, deadline, timeout).await?);
         let left = deadline.saturating_duration_since(Instant::now());
-        let mut call = session.client.call_raw(service, body).timeout(left);
-        for (name, value) in headers.iter() {
+        let mut call = session
+            .client
+            .call_raw(wanted.service, wanted.body)
+            .timeout(left);
+        for (name, value) in wanted.headers.iter() {
             call = call.header(name, value);
         }
-        if let Some(media_type) = &args.content_type {
-            call = call.content_type(media_type);
+        if let Some(media_type) = &wanted.content_type {
+            call = call.content_type(media_type.as_str());
         }
-        if args.expect_responder {
+        if expect_responder {
             call = call.expect_responder();
         }
         self.correlation_id = Some(call.correlation_id().to_string());
@@ -99,6 +99,38 @@ impl Attempt {
             .started
             .map_or(Duration::ZERO, |started| started.elapsed());
         CallReport::new(result, self.correlation_id.as_deref(), elapsed)
+    }
+}
+
+/// What is asked for, and valid.
+pub(crate) struct Wanted {
+    pub(crate) service: ServiceName,
+    pub(crate) headers: Headers,
+    pub(crate) content_type: Option<ContentType>,
+    pub(crate) body: Bytes,
+}
+
+impl Wanted {
+    pub(crate) async fn of(args: CallArgs) -> Result<Self, Error> {
+        let mut service = ServiceName::new(&args.service)?;
+        if let Some(node) = &args.node {
+            service = service.at(node)?;
+        }
+        let mut headers = Headers::new();
+        for (name, value) in &args.headers {
+            headers.insert(name, value)?;
+        }
+        let content_type = args
+            .content_type
+            .as_deref()
+            .map(ContentType::new)
+            .transpose()?;
+        Ok(Self {
+            service,
+            headers,
+            content_type,
+            body: read_body(args.body).await?,
+        })
     }
 }
 

@@ -107,7 +107,9 @@ mod tests {
             (LostLease, [3, 5, 5]),
             (NoResponder, [3, 5, 5]),
             (Overloaded, [3, 5, 5]),
+            (PickupTimeout, [3, 5, 5]),
             (Rejected, [1, 1, 1]),
+            (ServerLost, [3, 5, 5]),
             (TooLarge, [2, 2, 2]),
             (Unsupported, [2, 2, 2]),
         ] {

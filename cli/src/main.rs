@@ -9,7 +9,9 @@ mod call;
 mod conform;
 mod exec;
 mod exit;
+mod gather;
 mod handler;
+mod inquiry;
 mod load;
 mod logging;
 mod output;
@@ -37,6 +39,9 @@ fn main() -> ExitCode {
     let exit = match cli.command {
         Command::Serve(args) => on_one_thread(serve::run(url, args)),
         Command::Call(args) => on_one_thread(call::run(url, args)),
+        Command::Ping(args) => on_one_thread(inquiry::run(url, args, inquiry::What::Ping)),
+        Command::Info(args) => on_one_thread(inquiry::run(url, args, inquiry::What::Info)),
+        Command::Stats(args) => on_one_thread(inquiry::run(url, args, inquiry::What::Stats)),
         Command::Bench(args) => on_one_thread(bench::run(url, args)),
         #[cfg(feature = "conform")]
         Command::Conform(args) => on_all_threads(conform::run(url, args)),

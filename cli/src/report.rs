@@ -76,6 +76,47 @@ impl<'a> Body<'a> {
     }
 }
 
+/// What came of asking every server.
+#[derive(Debug, Serialize)]
+pub(crate) struct GatherReport<'a, T> {
+    ok: bool,
+    kind: Option<&'static str>,
+    code: Option<&'static str>,
+    executed: &'static str,
+    message: Option<&'a str>,
+    answers: Vec<T>,
+    /// Who was heard of and did not answer, and how many were not even heard of.
+    silent: Vec<&'a str>,
+    unheard: usize,
+    elapsed_us: u128,
+}
+
+impl<'a, T: Serialize> GatherReport<'a, T> {
+    pub(crate) fn new(
+        error: Option<&'a Error>,
+        answers: Vec<T>,
+        silent: Vec<&'a str>,
+        unheard: usize,
+        elapsed: Duration,
+    ) -> Self {
+        Self {
+            ok: error.is_none(),
+            kind: error.map(Error::kind).map(ErrorKind::as_str),
+            code: error.and_then(Error::code).map(Code::as_str),
+            executed: error.map_or(Executed::Yes, Error::executed).as_str(),
+            message: error.map(Error::message),
+            answers,
+            silent,
+            unheard,
+            elapsed_us: elapsed.as_micros(),
+        }
+    }
+
+    pub(crate) fn to_line(&self) -> String {
+        line(self)
+    }
+}
+
 /// What a measurement found.
 #[derive(Debug, Default, Serialize)]
 pub(crate) struct BenchReport {

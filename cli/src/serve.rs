@@ -64,8 +64,15 @@ async fn start(
         .server()
         .handle_raw(service, handle)
         .prefetch(args.prefetch.into());
+    if let Some(node) = &args.node {
+        server = server.node(node);
+    }
     if args.exclusive {
         server = server.exclusive();
+    } else if args.standby {
+        server = server.standby();
+    } else if args.take_over {
+        server = server.take_over();
     }
     let running = server.start().await?;
     Ok((connection, running))

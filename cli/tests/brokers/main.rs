@@ -7,6 +7,7 @@
 mod broker;
 mod cases;
 mod failures;
+mod nodes;
 #[path = "../support/mod.rs"]
 mod support;
 
@@ -46,4 +47,6 @@ on_each_broker!(
     failures::a_second_signal_ends_it_at_once,
     failures::the_second_exclusive_server_is_refused,
     failures::no_call_is_lost_with_a_killed_server,
+    nodes::nodes_are_called_and_asked,
+    nodes::a_standby_and_a_newcomer_take_over,
 );

@@ -1,0 +1,110 @@
+//! `antiphon ping`, `info` and `stats`.
+
+use std::time::Duration;
+
+use antiphon::{Answer, AskAll, Client, Error, Gathered, NodeInfo, NodeStats, ServiceName};
+use serde::Serialize;
+use tokio::time::Instant;
+
+use crate::args::InquiryArgs;
+use crate::exit::{self, Exit};
+use crate::gather::{Named, attended, print_json, print_lines};
+use crate::session::Session;
+
+/// What is asked.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum What {
+    Ping,
+    Info,
+    Stats,
+}
+
+/// Asks every live server of a service, and prints a line for each.
+pub(crate) async fn run(url: Option<String>, args: InquiryArgs, what: What) -> Exit {
+    match what {
+        What::Ping => show(url, args, Client::ping, |_| "alive".to_owned()).await,
+        What::Info => show(url, args, Client::info, info).await,
+        What::Stats => show(url, args, Client::node_stats, stats).await,
+    }
+}
+
+async fn show<Out: Serialize + Send + 'static>(
+    url: Option<String>,
+    args: InquiryArgs,
+    ask: impl FnOnce(&Client, ServiceName) -> AskAll<Out>,
+    describe: impl Fn(&Out) -> String,
+) -> Exit {
+    let json = args.json;
+    let started = Instant::now();
+    let result = attended(gather(url, args, ask)).await;
+    let elapsed = started.elapsed();
+    if !json {
+        return print_lines(&result, |answer: &Answer<Out>| match &answer.result {
+            Ok(value) => format!("{}, {:.1?}", describe(value), answer.elapsed),
+            Err(error) => error.to_string(),
+        });
+    }
+    let answers = result
+        .as_ref()
+        .map_or(&[][..], |gathered| &gathered.answers);
+    let answers = answers
+        .iter()
+        .map(|answer| Named {
+            node: answer.node.as_str(),
+            answer: InquiryReport {
+                elapsed_us: answer.elapsed.as_micros(),
+                said: answer.result.as_ref().ok(),
+            },
+        })
+        .collect();
+    print_json(&result, answers, elapsed)
+}
+
+async fn gather<Out: Send + 'static>(
+    url: Option<String>,
+    args: InquiryArgs,
+    ask: impl FnOnce(&Client, ServiceName) -> AskAll<Out>,
+) -> Result<Gathered<Out>, Error> {
+    let url = url.ok_or_else(exit::no_url)?;
+    let service = ServiceName::new(&args.service)?;
+    let deadline = Instant::now() + args.timeout;
+    let session = Session::open(&url, deadline, args.timeout).await?;
+    let left = deadline.saturating_duration_since(Instant::now());
+    let result = ask(&session.client, service).timeout(left).await;
+    session.close().await;
+    result
+}
+
+#[derive(Serialize)]
+struct InquiryReport<'a, T> {
+    elapsed_us: u128,
+    /// None for a ping, whose answer is that there is one.
+    #[serde(flatten)]
+    said: Option<&'a T>,
+}
+
+fn info(info: &NodeInfo) -> String {
+    let uptime = Duration::from_secs(info.uptime.as_secs());
+    format!(
+        "version {}, up {uptime:?}, prefetch {}, serves {}",
+        info.version,
+        info.prefetch,
+        info.services.join(" ")
+    )
+}
+
+fn stats(stats: &NodeStats) -> String {
+    format!(
+        "{} handled, {} running, {} faults, {} expired, {} cancelled, {} redelivered, {} dead-lettered, busy {:.1?}, longest {:.1?}, {} replies kept",
+        stats.handled,
+        stats.running,
+        stats.faults,
+        stats.expired,
+        stats.cancelled,
+        stats.redelivered,
+        stats.dead_lettered,
+        stats.busy,
+        stats.longest,
+        stats.kept_replies
+    )
+}

@@ -89,42 +89,66 @@ impl Service {
         }
     }
 
-    /// Takes one delivery to its end: dead letters, a refusal, or a handler's answer.
+    /// Takes one delivery to its end.
     pub(crate) async fn serve(self: Arc<Self>, delivery: Delivery) {
-        let (id, wants_reply) = (
-            delivery.request.id.clone(),
-            delivery.request.reply_to.is_some(),
-        );
+        if self.is_plain(&delivery) {
+            self.execute(delivery).await;
+        } else {
+            // Apart, so that the many requests that do not come here carry no place for it.
+            Box::pin(self.examine(delivery)).await;
+        }
+    }
+
+    /// True if there is nothing to know of a request before it is executed.
+    fn is_plain(&self, delivery: &Delivery) -> bool {
+        delivery.attempt == 1
+            && delivery.request.signals != Signals::Offer
+            && self.outbox.count() == 0
+            && !self.running.remembers_any()
+    }
+
+    /// Executes a request, unless it was delivered too often, is done already, or is not wanted any more.
+    async fn examine(&self, delivery: Delivery) {
+        let (id, reply_to) = (&delivery.request.id, delivery.request.reply_to.as_ref());
         if delivery.attempt > self.config.max_deliveries {
             count(&self.counters.dead_lettered);
             let reason = format!("delivered {} times and never settled", delivery.attempt - 1);
             let fault = Fault::new(Code::Aborted, &reason);
-            let reply = wants_reply.then(|| Reply::fault(id, fault, Executed::Maybe));
+            let reply = reply_to.map(|_| Reply::fault(id.clone(), fault, Executed::Maybe));
             return self.settle(delivery.dead_letter(reason, reply)).await;
         }
         if delivery.attempt > 1 {
             count(&self.counters.redelivered);
         }
         // It was finished here when the broker was away.
-        if let Some(reply) = self.outbox.find(&id, delivery.request.reply_to.as_ref()) {
+        if let Some(reply) = self.outbox.find(id, reply_to) {
             return self.settle(delivery.reply(Some(reply))).await;
         }
         match self.is_wanted(&delivery).await {
-            Wanted::Yes => {}
+            Wanted::Yes => self.execute(delivery).await,
             Wanted::No => {
                 count(&self.counters.cancelled);
-                return self.settle(delivery.reply(None)).await;
+                self.settle(delivery.reply(None)).await;
             }
-            Wanted::Unheard => return self.settle(delivery.release()).await,
-            Wanted::NotOurs => return, // Dropped unsettled, as below.
+            Wanted::Unheard => self.settle(delivery.release()).await,
+            Wanted::NotOurs => {} // Dropped unsettled, as when the server is killed.
         }
+    }
+
+    /// Has a request refused or handled, and settles it.
+    async fn execute(&self, delivery: Delivery) {
         let Some(outcome) = self.outcome(&delivery).await else {
             return; // Dropped unsettled: the server is being killed, and the request goes to another one.
         };
-        if wants_reply {
-            let reply = self.reply(id, outcome);
-            return self.send_reply(delivery, reply).await;
+        if delivery.request.reply_to.is_some() {
+            let reply = self.reply(delivery.request.id.clone(), outcome);
+            self.send_reply(delivery, reply).await;
+        } else {
+            Box::pin(self.end_one_way(delivery, outcome)).await;
         }
+    }
+
+    async fn end_one_way(&self, delivery: Delivery, outcome: Result<Response, Failed>) {
         match outcome {
             // Nobody would hear of the refusal, and an accepted request is never silently gone.
             Err(Failed { fault, executed })

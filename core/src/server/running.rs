@@ -77,9 +77,14 @@ impl Running {
         self.given_up.store(table.given_up.len(), Ordering::Release);
     }
 
+    /// True if callers have given requests up that did not come here.
+    pub(crate) fn remembers_any(&self) -> bool {
+        self.given_up.load(Ordering::Acquire) > 0
+    }
+
     /// True if the request's caller has given it up.
     pub(crate) fn was_given_up(&self, id: &CorrelationId) -> bool {
-        self.given_up.load(Ordering::Acquire) > 0 && self.take(&mut self.lock(), id)
+        self.remembers_any() && self.take(&mut self.lock(), id)
     }
 
     /// How many run.

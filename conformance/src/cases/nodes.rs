@@ -20,6 +20,7 @@ cases!("nodes": [
     faults_are_answers: G5,
     stopped_node_is_not_asked: G1,
     asked_in_a_burst: G1,
+    asked_after_a_cut: G9,
     ping_info_and_stats: G1,
 ]);
 
@@ -229,6 +230,37 @@ async fn asked_in_a_burst(bench: Bench) -> Verdict {
         )?;
     }
     same("what waits afterwards", client.stats().pending, 0)
+}
+
+async fn asked_after_a_cut(bench: Bench) -> Verdict {
+    let service = bench.service("cut")?;
+    let connected = bench.connect().await?;
+    let answer = |_: Bytes| async { Ok::<_, Fault>("here") };
+    let server = antiphon_core::Server::new(connected.transport);
+    let _server = start(server.handle_raw(&service, answer)).await?;
+    let client = bench.client().await?;
+    let asked = client.ask_all_raw(&service, "").timeout(4 * PROMPT);
+    same(
+        "how many answer",
+        ok("ask all", asked).await?.answers.len(),
+        1,
+    )?;
+    connected.link.cut().await?;
+    let end = Instant::now() + PROMPT;
+    loop {
+        let asked = client
+            .ask_all_raw(&service, "")
+            .timeout(Duration::from_millis(500));
+        if ok("ask all", asked).await?.answers.len() == 1 {
+            return Ok(());
+        }
+        ensure(
+            "ask all after a cut",
+            Instant::now() < end,
+            format!("the server hears it again within {PROMPT:?}"),
+        )?;
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }
 
 async fn ping_info_and_stats(bench: Bench) -> Verdict {

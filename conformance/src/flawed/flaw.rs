@@ -236,6 +236,8 @@ flaws! {
     ],
     /// A broadcast counts one server more than there are.
     MiscountsBroadcasts => ["nodes/all_answer", "nodes/nobody_is_there_to_ask", "nodes/stopped_node_is_not_asked"],
+    /// After a cut, what is broadcast does not arrive any more.
+    ForgetsJoins => ["nodes/asked_after_a_cut"],
     /// Replies lose the name of who sent them.
     LosesReplyNodes => ["nodes/all_answer", "nodes/faults_are_answers"],
     /// Signals do not arrive.

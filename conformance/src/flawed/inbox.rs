@@ -61,7 +61,10 @@ impl Inbox for FlawedInbox {
             };
             match event {
                 InboxEvent::Replies(_) if self.line.has(Flaw::DropsReplies) => {}
-                InboxEvent::Replies(replies) => {
+                InboxEvent::Replies(mut replies) => {
+                    if self.line.has(Flaw::ForgetsJoins) && self.line.cut.is_cancelled() {
+                        replies.retain(|incoming| !matches!(incoming, Incoming::Request { .. }));
+                    }
                     let long = |incoming: &Incoming| matches!(incoming, Incoming::Reply(reply) if reply.body.len() > LONG);
                     self.ended = self.line.has(Flaw::BadReplyEndsInbox) && replies.iter().any(long);
                     return if self.ended {

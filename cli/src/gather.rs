@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use antiphon::{Answer, Error, ErrorKind, Executed, Gathered, Reply};
+use antiphon::{Answer, AskAll, Client, Error, ErrorKind, Executed, Gathered, Reply};
 use serde::Serialize;
 use tokio::time::Instant;
 
@@ -55,20 +55,29 @@ async fn ask(url: Option<String>, args: CallArgs) -> Result<Gathered<Reply>, Err
     let url = url.ok_or_else(exit::no_url)?;
     let timeout = args.timeout;
     let wanted = Wanted::of(args).await?;
+    let ask = |client: &Client| {
+        let mut asked = client.ask_all_raw(wanted.service, wanted.body);
+        for (name, value) in wanted.headers.iter() {
+            asked = asked.header(name, value);
+        }
+        if let Some(media_type) = &wanted.content_type {
+            asked = asked.content_type(media_type.as_str());
+        }
+        asked
+    };
+    gather(&url, timeout, ask).await
+}
+
+/// Connects, asks and waits for the answers, all within the timeout.
+pub(crate) async fn gather<Out: Send + 'static>(
+    url: &str,
+    timeout: Duration,
+    ask: impl FnOnce(&Client) -> AskAll<Out>,
+) -> Result<Gathered<Out>, Error> {
     let deadline = Instant::now() + timeout;
-    let session = Session::open(&url, deadline, timeout).await?;
+    let session = Session::open(url, deadline, timeout).await?;
     let left = deadline.saturating_duration_since(Instant::now());
-    let mut asked = session
-        .client
-        .ask_all_raw(wanted.service, wanted.body)
-        .timeout(left);
-    for (name, value) in wanted.headers.iter() {
-        asked = asked.header(name, value);
-    }
-    if let Some(media_type) = &wanted.content_type {
-        asked = asked.content_type(media_type.as_str());
-    }
-    let result = asked.await;
+    let result = ask(&session.client).timeout(left).await;
     session.close().await;
     result
 }

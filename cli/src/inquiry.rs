@@ -8,8 +8,7 @@ use tokio::time::Instant;
 
 use crate::args::InquiryArgs;
 use crate::exit::{self, Exit};
-use crate::gather::{Named, attended, print_json, print_lines};
-use crate::session::Session;
+use crate::gather::{Named, attended, gather, print_json, print_lines};
 
 /// What is asked.
 #[derive(Clone, Copy, Debug)]
@@ -36,7 +35,7 @@ async fn show<Out: Serialize + Send + 'static>(
 ) -> Exit {
     let json = args.json;
     let started = Instant::now();
-    let result = attended(gather(url, args, ask)).await;
+    let result = attended(inquire(url, args, ask)).await;
     let elapsed = started.elapsed();
     if !json {
         return print_lines(&result, |answer: &Answer<Out>| match &answer.result {
@@ -60,19 +59,14 @@ async fn show<Out: Serialize + Send + 'static>(
     print_json(&result, answers, elapsed)
 }
 
-async fn gather<Out: Send + 'static>(
+async fn inquire<Out: Send + 'static>(
     url: Option<String>,
     args: InquiryArgs,
     ask: impl FnOnce(&Client, ServiceName) -> AskAll<Out>,
 ) -> Result<Gathered<Out>, Error> {
     let url = url.ok_or_else(exit::no_url)?;
     let service = ServiceName::new(&args.service)?;
-    let deadline = Instant::now() + args.timeout;
-    let session = Session::open(&url, deadline, args.timeout).await?;
-    let left = deadline.saturating_duration_since(Instant::now());
-    let result = ask(&session.client, service).timeout(left).await;
-    session.close().await;
-    result
+    gather(&url, args.timeout, |client| ask(client, service)).await
 }
 
 #[derive(Serialize)]

@@ -54,7 +54,7 @@ pub struct NodeStats {
     /// What the longest of them took.
     #[serde(rename = "longest_us", with = "micros")]
     pub longest: Duration,
-    /// Replies that are kept until the broker is back.
+    /// Replies that were finished while the broker was away, sent since or not, until their deadlines.
     pub kept_replies: usize,
 }
 

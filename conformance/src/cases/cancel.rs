@@ -29,6 +29,17 @@ cases!("cancel": [
 /// The bound within which a handler learns that its caller has given up.
 const TOLD: Duration = Duration::from_secs(1);
 
+/// A request takes its time to its queue, and no transport says when it is there. Given up before, it is not sent at all,
+/// which is a lesser test and no failure.
+async fn queued() {
+    tokio::time::sleep(QUIET).await;
+}
+
+/// Waits as long as the servers may take to learn that a call was given up.
+async fn told() {
+    tokio::time::sleep(TOLD).await;
+}
+
 /// A handler that tells when it starts, and when it is cancelled; it ends only then.
 fn telling(
     sender: &mpsc::UnboundedSender<&'static str>,
@@ -109,7 +120,7 @@ async fn cancelled_while_queued(bench: Bench) -> Verdict {
             .cancel_on(token.clone())
             .into_future(),
     );
-    tokio::time::sleep(QUIET).await;
+    queued().await;
     token.cancel();
     let result = ended("a cancelled call", PROMPT, call).await?;
     match result {
@@ -189,10 +200,9 @@ async fn given_up_is_not_started(bench: Bench) -> Verdict {
     let client = bench.client().await?;
     let busy = busy(&bench, &service, &client).await?;
     let call = tokio::spawn(client.call_raw(&service, "given up").into_future());
-    tokio::time::sleep(QUIET).await;
+    queued().await;
     call.abort();
-    // A word to the server takes its time.
-    tokio::time::sleep(TOLD).await;
+    told().await;
     busy.starts_only_the_last(&client, &service).await
 }
 
@@ -211,9 +221,9 @@ async fn given_up_is_withdrawn(bench: Bench) -> Verdict {
             .timeout(Duration::from_secs(600))
             .into_future(),
     );
-    tokio::time::sleep(QUIET).await;
+    queued().await;
     call.abort();
-    tokio::time::sleep(TOLD).await;
+    told().await;
     let started = Arc::new(AtomicUsize::new(0));
     let count = Arc::clone(&started);
     let handler = move |body: Bytes| {
@@ -238,9 +248,9 @@ async fn many_are_given_up_at_once(bench: Bench) -> Verdict {
     let calls: Vec<_> = (0..200)
         .map(|_| tokio::spawn(client.call_raw(&service, "given up").into_future()))
         .collect();
-    tokio::time::sleep(QUIET).await;
+    queued().await;
     calls.iter().for_each(tokio::task::JoinHandle::abort);
-    tokio::time::sleep(TOLD).await;
+    told().await;
     busy.starts_only_the_last(&client, &service).await?;
     same("what waits afterwards", client.stats().pending, 0)
 }

@@ -187,6 +187,7 @@ impl Rounds {
         Contender::ALL
             .into_iter()
             .filter(|contender| contender.group() == group && asked(*contender))
+            .filter(|contender| contender.is_installed())
             .collect()
     }
 

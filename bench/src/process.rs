@@ -30,10 +30,18 @@ pub(crate) struct Half {
 }
 
 impl Half {
-    /// Starts the part, `serve` or `call`, of this program, and waits until it is live.
+    /// Starts the part, `serve` or `call`, of this program or of the contender's own, and waits until it is live.
     pub(crate) async fn start(part: &str, role: &Role) -> Result<Self, Failure> {
-        // The program itself, even if another has been built in its place by now.
-        let mut child = Command::new("/proc/self/exe")
+        let mut program = match role.contender.script() {
+            Some(script) => {
+                let mut node = Command::new("node");
+                node.arg(script);
+                node
+            }
+            // The program itself, even if another has been built in its place by now.
+            None => Command::new("/proc/self/exe"),
+        };
+        let mut child = program
             .arg(part)
             .args(role.arguments())
             .stdin(Stdio::piped())

@@ -11,6 +11,7 @@ mod tarpc;
 
 use std::fmt;
 use std::future::Future;
+use std::path::Path;
 use std::pin::Pin;
 
 use crate::Failure;
@@ -108,6 +109,10 @@ pub(crate) enum Contender {
     C,
     /// The same on a quorum queue
     Cq,
+    /// Moleculer over RabbitMQ, on Node
+    Moleculer,
+    /// NestJS over RabbitMQ, on Node
+    Nest,
     /// Ours over RabbitMQ on a transient classic queue, bytes
     Amqp,
     /// Ours over RabbitMQ on a quorum queue, as by default, bytes
@@ -135,11 +140,13 @@ pub(crate) struct Place {
     pub(crate) pending: usize,
 }
 
+const ON_NODE: &str = "its halves are processes of Node";
+
 /// What a server does until its process ends.
 pub(crate) type Serving = Pin<Box<dyn Future<Output = Result<(), Failure>> + Send>>;
 
 impl Contender {
-    pub(crate) const ALL: [Self; 15] = [
+    pub(crate) const ALL: [Self; 17] = [
         Self::Spawn,
         Self::Tarpc,
         Self::Memory,
@@ -152,6 +159,8 @@ impl Contender {
         Self::RedisJson,
         Self::C,
         Self::Cq,
+        Self::Moleculer,
+        Self::Nest,
         Self::Amqp,
         Self::AmqpQuorum,
         Self::AmqpQuorumJson,
@@ -171,6 +180,8 @@ impl Contender {
             Self::RedisJson => "redis-json",
             Self::C => "c",
             Self::Cq => "cq",
+            Self::Moleculer => "moleculer",
+            Self::Nest => "nest",
             Self::Amqp => "amqp",
             Self::AmqpQuorum => "amqp-quorum",
             Self::AmqpQuorumJson => "amqp-quorum-json",
@@ -183,16 +194,20 @@ impl Contender {
             Self::Crel | Self::B | Self::BSpawned | Self::Nats | Self::Redis | Self::RedisJson => {
                 Group::Redis
             }
-            Self::C | Self::Cq | Self::Amqp | Self::AmqpQuorum | Self::AmqpQuorumJson => {
-                Group::Rabbitmq
-            }
+            Self::C
+            | Self::Cq
+            | Self::Moleculer
+            | Self::Nest
+            | Self::Amqp
+            | Self::AmqpQuorum
+            | Self::AmqpQuorumJson => Group::Rabbitmq,
         }
     }
 
     pub(crate) fn kind(self) -> Kind {
         match self {
             Self::Spawn | Self::Crel | Self::B | Self::BSpawned | Self::C | Self::Cq => Kind::Floor,
-            Self::Tarpc | Self::Nats => Kind::Peer,
+            Self::Tarpc | Self::Nats | Self::Moleculer | Self::Nest => Kind::Peer,
             _ => Kind::Ours,
         }
     }
@@ -221,13 +236,28 @@ impl Contender {
         }
     }
 
-    /// The peers that it is compared with.
+    /// The peers that it is compared with; where there are several, the fastest one counts.
     pub(crate) fn peers(self) -> &'static [Self] {
         match self.group() {
             Group::Memory => &[Self::Tarpc],
             Group::Redis => &[Self::Nats],
+            // They keep nothing, so there is nothing of theirs to compare a quorum queue with.
+            Group::Rabbitmq if self == Self::Amqp => &[Self::Moleculer, Self::Nest],
             Group::Rabbitmq => &[],
         }
+    }
+
+    /// The script that is both of its halves, if it runs on Node.
+    pub(crate) fn script(self) -> Option<&'static Path> {
+        matches!(self, Self::Moleculer | Self::Nest).then(|| Path::new("bench/peers/half.js"))
+    }
+
+    /// If what it needs besides a broker is installed.
+    pub(crate) fn is_installed(self) -> bool {
+        let libraries = self
+            .script()
+            .map(|script| script.with_file_name("node_modules"));
+        libraries.is_none_or(|libraries| libraries.is_dir())
     }
 
     /// Starts the answering half, in a process of its own; `None` for those that live in the client's.
@@ -242,6 +272,7 @@ impl Contender {
             Self::RedisJson | Self::AmqpQuorumJson => ours::serve(place, Body::Json).await?,
             Self::C => amqp::serve(place, QueueKind::TransientClassic).await?,
             Self::Cq => amqp::serve(place, QueueKind::Quorum).await?,
+            Self::Moleculer | Self::Nest => return Err(ON_NODE.into()),
             Self::Amqp => {
                 amqp::declare(place, QueueKind::TransientClassic).await?;
                 ours::serve(place, Body::Bytes).await?
@@ -286,6 +317,7 @@ impl Contender {
                 measure.with(ours::client(place, Body::Json).await?).await
             }
             Self::C | Self::Cq => measure.with(amqp::Confirmed::connect(place).await?).await,
+            Self::Moleculer | Self::Nest => Err(ON_NODE.into()),
         }
     }
 }

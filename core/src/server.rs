@@ -153,7 +153,8 @@ impl Server {
 
     /// Serves its services alone, and asks who does so to hand over: that one takes no more requests, waits one
     /// [`grace`](Self::grace) for the handlers that run, drops the others, whose requests go to this one, and ends as
-    /// `AlreadyOwned`. One that does not hear any more loses its ownership as after a kill.
+    /// `AlreadyOwned`. One that has not done so 2 s after this server's grace is fenced off, where the transport can
+    /// ([`Capabilities::take_over`](crate::transport::Capabilities)), and else loses its ownership as after a kill.
     pub fn take_over(mut self) -> Self {
         self.config.ownership = Ownership::TakeOver;
         self

@@ -79,9 +79,9 @@ pub trait Transport: Debug + Send + Sync + 'static {
     ///
     /// **Resolves when** it is live: a request sent from now on may be delivered to it.
     /// **Cancel safety**: dropping the future leaves nothing, ownership least of all.
-    /// **Errors**: `Unsupported` for a mode that it does not know; `AlreadyOwned` within 1 s, if it or the present owner asks for exclusivity; `Broker` if the service's
-    /// queue is of another kind than this transport can use; `Closed` after close.
-    /// *Checked by* `competing/*`, `exclusive/*`.
+    /// **Errors**: `Unsupported` for a mode that it does not know; `AlreadyOwned` within 1 s, if it or the present owner asks for exclusivity
+    /// (see [`SubscribeMode`]); `Broker` if the service's queue is of another kind than this transport can use; `Closed` after close.
+    /// *Checked by* `competing/*`, `exclusive/*`, `standby/*`.
     async fn subscribe(
         &self,
         service: &ServiceName,
@@ -106,6 +106,8 @@ pub struct Capabilities {
     pub fenced_replies: bool,
     /// A request that nobody has can be taken back. Enables `cancel/given_up_is_withdrawn`.
     pub withdrawal: bool,
+    /// An exclusive owner can be fenced off while its process lives. Enables `standby/newcomer_fences_off_a_deaf_owner`.
+    pub take_over: bool,
 }
 
 impl Capabilities {
@@ -115,6 +117,7 @@ impl Capabilities {
         Self {
             fenced_replies: false,
             withdrawal: false,
+            take_over: false,
         }
     }
 
@@ -129,6 +132,13 @@ impl Capabilities {
     #[must_use]
     pub const fn with_withdrawal(mut self) -> Self {
         self.withdrawal = true;
+        self
+    }
+
+    /// The same, with taking over.
+    #[must_use]
+    pub const fn with_take_over(mut self) -> Self {
+        self.take_over = true;
         self
     }
 }
@@ -260,6 +270,15 @@ impl SubscribeOptions {
             mode: SubscribeMode::Exclusive,
         }
     }
+
+    /// An exclusive subscription that ends the present one.
+    #[must_use]
+    pub fn take_over(prefetch: usize) -> Self {
+        Self {
+            prefetch: prefetch.max(1),
+            mode: SubscribeMode::TakeOver,
+        }
+    }
 }
 
 /// Who else may subscribe.
@@ -268,8 +287,23 @@ impl SubscribeOptions {
 pub enum SubscribeMode {
     /// Anybody who shares too: each request goes to one of them.
     Shared,
-    /// Nobody: while this subscription lives, every other one is refused with `AlreadyOwned`.
+    /// Nobody: while this subscription lives, every other one is refused with `AlreadyOwned`, but for one that takes over.
     Exclusive,
+    /// The same, and a present exclusive owner is fenced off, whether it hears of it or not: its lease is lost with what it
+    /// holds, and its subscription ends as `AlreadyOwned`. A transport that has no such right over an owner
+    /// ([`Capabilities::take_over`]) refuses with `AlreadyOwned` for as long as there is one.
+    TakeOver,
+}
+
+impl SubscribeMode {
+    /// True if nobody else may subscribe.
+    #[must_use]
+    pub fn is_exclusive(self) -> bool {
+        match self {
+            Self::Shared => false,
+            Self::Exclusive | Self::TakeOver => true,
+        }
+    }
 }
 
 /// A stream of deliveries.

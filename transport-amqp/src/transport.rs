@@ -256,7 +256,8 @@ impl Transport for AmqpTransport {
         self.check_open()?;
         let exclusive = match options.mode {
             SubscribeMode::Shared => false,
-            SubscribeMode::Exclusive => true,
+            // The broker gives no right over an owner that lives; one that hangs it ends itself, by its heartbeats.
+            SubscribeMode::Exclusive | SubscribeMode::TakeOver => true,
             other => {
                 let message = format!("subscribing as {other:?} on RabbitMQ");
                 return Err(Error::not_executed(ErrorKind::Unsupported, message));

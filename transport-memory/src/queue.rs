@@ -5,7 +5,7 @@ mod state;
 use std::sync::{Arc, Mutex};
 use std::task::Waker;
 
-use antiphon_core::transport::SubscribeOptions;
+use antiphon_core::transport::{SubscribeMode, SubscribeOptions};
 use antiphon_core::{CorrelationId, Error, ErrorKind, Request, ServiceName, Ticket};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -122,6 +122,9 @@ impl Queue {
     ) -> Result<Key, Error> {
         self.update(|state, effects| {
             state.end_leases(Instant::now(), effects);
+            if options.mode == SubscribeMode::TakeOver {
+                state.fence_off_owner(&self.name, effects);
+            }
             if state.is_excluded(options.mode) {
                 return Err(already_owned(&self.name));
             }

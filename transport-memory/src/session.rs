@@ -71,8 +71,7 @@ impl Session {
 
     /// True if it and one that asks for `mode` cannot serve together.
     pub(crate) fn excludes(&self, mode: SubscribeMode) -> bool {
-        self.is_live()
-            && (self.options.mode == SubscribeMode::Exclusive || mode == SubscribeMode::Exclusive)
+        self.is_live() && (self.options.mode.is_exclusive() || mode.is_exclusive())
     }
 
     pub(crate) fn wait(&mut self, waker: &Waker) {

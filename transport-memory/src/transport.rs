@@ -61,7 +61,10 @@ impl MemoryTransport {
 #[async_trait]
 impl Transport for MemoryTransport {
     fn capabilities(&self) -> Capabilities {
-        Capabilities::none().with_fenced_replies().with_withdrawal()
+        Capabilities::none()
+            .with_fenced_replies()
+            .with_withdrawal()
+            .with_take_over()
     }
 
     async fn send(&self, message: Outbound) -> Result<(), Error> {

@@ -4,13 +4,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use antiphon_core::{Engagement, Error, ErrorKind, Fault, RunningServer, Server, ServiceName};
+use antiphon_core::transport::SubscribeOptions;
+use antiphon_core::{
+    Engagement, Error, ErrorKind, Fault, Reply, RunningServer, Server, ServiceName,
+};
 use bytes::Bytes;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep};
 
 use crate::bench::*;
-use crate::case::{Verdict, cases};
+use crate::case::{Stop, Verdict, cases};
+use crate::peers::Requests;
 
 cases!("standby": [
     standby_waits_and_takes_over: G10,
@@ -19,6 +23,7 @@ cases!("standby": [
     standby_stops_while_it_waits: G10,
     newcomer_takes_over: G10,
     newcomer_waits_for_what_runs: G10,
+    newcomer_fences_off_a_deaf_owner: G10,
 ]);
 
 /// A server that answers with its name.
@@ -195,4 +200,40 @@ async fn newcomer_waits_for_what_runs(bench: Bench) -> Verdict {
         body_is("the most handlers at once", &reply.body, "1")?;
     }
     Ok(())
+}
+
+/// The owner is a bare subscription, of which no server hears that it should hand over, on a transport that lives.
+async fn newcomer_fences_off_a_deaf_owner(bench: Bench) -> Verdict {
+    let service = bench.service("deaf")?;
+    let deaf = bench.connect().await?.transport;
+    if !deaf.capabilities().take_over {
+        return Err(Stop::Unsupported(
+            "an owner that lives cannot be fenced off on this broker".to_owned(),
+        ));
+    }
+    let mut owner = Requests::subscribe(&deaf, &service, SubscribeOptions::exclusive(1)).await?;
+    let client = bench.client().await?;
+    let call = tokio::spawn(client.call_raw(&service, "").into_future());
+    let held = owner.next("take the request").await?;
+    let newcomer = named_server(bench.server().await?.take_over(), &service, "newcomer");
+    let _newcomer = ok_within("take over", 2 * PROMPT, newcomer.start()).await?;
+    let reply = joined("the call that the former owner held", call).await?;
+    body_is("who answers it", &reply.body, "newcomer")?;
+    let late = Reply::value(held.request.id.clone(), "late");
+    within(
+        "the former owner loses its lease",
+        PROMPT,
+        held.lease.cancelled(),
+    )
+    .await?;
+    match within("the former owner replies", PROMPT, held.reply(Some(late))).await? {
+        Err(error) => same("how its reply ends", error.kind(), ErrorKind::LostLease)?,
+        Ok(()) => {
+            return Err(Stop::failed("the former owner replies", "it is refused"));
+        }
+    }
+    match within("the former owner is told", PROMPT, owner.receive()).await? {
+        Err(error) => same("what it is told", error.kind(), ErrorKind::AlreadyOwned),
+        Ok(_) => Err(Stop::failed("the former owner takes", "it gets nothing")),
+    }
 }

@@ -170,7 +170,7 @@ flaws! {
         "exclusive/second_is_refused",
         "exclusive/mixing_is_detected",
         "exclusive/one_of_many_gets_in",
-        "exclusive/former_owner_stays_out", "standby/standby_waits_and_takes_over", "standby/one_of_many_takes_over", "standby/newcomer_waits_for_what_runs"
+        "exclusive/former_owner_stays_out", "standby/standby_waits_and_takes_over", "standby/one_of_many_takes_over", "standby/newcomer_takes_over", "standby/newcomer_waits_for_what_runs"
     ],
     /// Who owned a service once owns it for ever.
     OwnsForEver => [
@@ -178,6 +178,9 @@ flaws! {
         "exclusive/next_gets_in_after_a_close",
         "exclusive/next_gets_in_after_a_kill", "standby/standby_takes_over_after_a_kill", "standby/standby_stops_while_it_waits"
     ],
+
+    /// An owner that lives keeps its service, whoever would take over.
+    FencesOffNobody => ["standby/newcomer_fences_off_a_deaf_owner"],
 
     // Ends.
 
@@ -232,7 +235,7 @@ flaws! {
         "nodes/all_answer",
         "nodes/ping_info_and_stats",
         "cancel/dropped_call_cancels_its_handler",
-        "standby/newcomer_takes_over", "nodes/enough_is_enough", "nodes/asked_in_a_burst", "cancel/cancelled_while_running"
+        "nodes/enough_is_enough", "nodes/asked_in_a_burst", "cancel/cancelled_while_running"
     ],
     /// A broadcast counts one server more than there are.
     MiscountsBroadcasts => ["nodes/all_answer", "nodes/nobody_is_there_to_ask", "nodes/stopped_node_is_not_asked"],

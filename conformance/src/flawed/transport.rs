@@ -339,13 +339,14 @@ impl Transport for Flawed {
     ) -> Result<Box<dyn Subscription>, Error> {
         let line = &self.line;
         let mut service = service.clone();
-        let exclusive = options.mode == SubscribeMode::Exclusive;
+        let exclusive = options.mode.is_exclusive();
         let had_an_owner = exclusive && !line.world.memory().owned.insert(service.clone());
         match line.world.flaw {
             Flaw::IgnoresNodes => service = without_node(&service)?,
             Flaw::CapsPrefetch => options.prefetch = options.prefetch.min(100),
             Flaw::IgnoresPrefetch => options.prefetch = 10_000,
             Flaw::SharesExclusives => options.mode = SubscribeMode::Shared,
+            Flaw::FencesOffNobody if exclusive => options.mode = SubscribeMode::Exclusive,
             Flaw::OwnsForEver if had_an_owner => {
                 return Err(Error::not_executed(ErrorKind::AlreadyOwned, "planted"));
             }

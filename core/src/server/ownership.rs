@@ -10,7 +10,7 @@ use crate::config::{self, Ownership, ServerConfig};
 use crate::control;
 use crate::error::{Error, ErrorKind};
 use crate::name::ServiceName;
-use crate::transport::{SubscribeOptions, Subscription, Transport};
+use crate::transport::{SubscribeMode, SubscribeOptions, Subscription, Transport};
 
 /// How often a standby looks whether the owner has gone. Brokers do not tell.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
@@ -33,9 +33,13 @@ impl Owner {
         services: &[ServiceName],
     ) -> Result<Vec<Box<dyn Subscription>>, Error> {
         let mut asked: Option<Instant> = None;
+        let mut options = match self.config.ownership {
+            Ownership::Shared => SubscribeOptions::shared(self.config.prefetch),
+            _ => SubscribeOptions::exclusive(self.config.prefetch),
+        };
         loop {
             // None is kept while another is waited for: somebody else may need it meanwhile.
-            let (service, error) = match self.try_subscribe(services).await {
+            let (service, error) = match self.try_subscribe(services, options).await {
                 Ok(subscriptions) => return Ok(subscriptions),
                 Err(failed) => failed,
             };
@@ -48,8 +52,11 @@ impl Owner {
                 Ownership::TakeOver => {
                     if asked.is_none_or(|asked| asked.elapsed() >= ASK_EVERY) {
                         asked = Some(Instant::now());
-                        self.ask(&service).await;
-                        // It answered, or nobody heard: either way there is nothing to wait for.
+                        if !self.ask(&service).await {
+                            // It hears nobody: it hangs, or is cut off.
+                            options.mode = SubscribeMode::TakeOver;
+                        }
+                        // Either way there is nothing to wait for.
                         continue;
                     }
                 }
@@ -64,11 +71,8 @@ impl Owner {
     async fn try_subscribe(
         &self,
         services: &[ServiceName],
+        options: SubscribeOptions,
     ) -> Result<Vec<Box<dyn Subscription>>, (ServiceName, Error)> {
-        let options = match self.config.ownership {
-            Ownership::Shared => SubscribeOptions::shared(self.config.prefetch),
-            _ => SubscribeOptions::exclusive(self.config.prefetch),
-        };
         let mut subscriptions = Vec::with_capacity(services.len());
         for service in services {
             let subscribe = self.transport.subscribe(service, options);
@@ -80,8 +84,8 @@ impl Owner {
         Ok(subscriptions)
     }
 
-    /// Asks the owner to hand over, and waits for its answer.
-    async fn ask(&self, service: &ServiceName) {
+    /// Asks the owner to hand over. True if it has.
+    async fn ask(&self, service: &ServiceName) -> bool {
         let asked = self
             .client
             .ask_all_raw(service, "")
@@ -89,8 +93,12 @@ impl Owner {
             .timeout(self.config.grace + ASK_EVERY)
             .at_most(1)
             .await;
-        if let Err(error) = asked {
-            tracing::debug!(%service, %error, "the owner could not be asked to hand over");
+        match asked {
+            Ok(gathered) => !gathered.answers.is_empty(),
+            Err(error) => {
+                tracing::debug!(%service, %error, "the owner could not be asked to hand over");
+                false
+            }
         }
     }
 }

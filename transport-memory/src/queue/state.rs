@@ -260,6 +260,15 @@ impl State {
         effects.wake_all(session.waker.take());
     }
 
+    /// Ends the exclusive session, if there is one. What it held goes to the next.
+    pub(super) fn fence_off_owner(&mut self, name: &ServiceName, effects: &mut Effects) {
+        let owns = |session: &Session| session.is_live() && session.options.mode.is_exclusive();
+        for key in self.sessions.keys(owns) {
+            self.end(key, already_owned(name), effects);
+            self.lose(key, effects);
+        }
+    }
+
     pub(super) fn end(&mut self, key: Key, error: Error, effects: &mut Effects) {
         self.stop_waiting(key);
         if let Some(session) = self.sessions.find_mut(key) {

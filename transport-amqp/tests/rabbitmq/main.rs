@@ -61,6 +61,7 @@ fn main() -> ExitCode {
         faults::an_address_that_does_not_answer_is_given_up,
         faults::everybody_leaves_a_connection_that_does_not_answer,
         faults::an_owner_takes_its_service_back_from_its_ghost,
+        faults::a_newcomer_gets_the_service_of_an_owner_that_hangs,
         alone::losing_the_publisher_costs_no_call,
         alone::blocked_requests_wait_and_are_withdrawn,
         alone::a_reply_waits_for_the_alarm_to_end,

@@ -74,7 +74,7 @@ impl Requests {
         match timeout(pause, self.receive()).await {
             Err(_) | Ok(Err(_)) => Ok(()),
             Ok(Ok(delivery)) => {
-                let (id, attempt) = (delivery.request.id, delivery.attempt);
+                let (id, attempt) = (delivery.request.id.clone(), delivery.attempt);
                 Err(Stop::failed(
                     step,
                     format!("nothing is delivered, but {id}, attempt {attempt}, was"),
@@ -135,7 +135,7 @@ impl Inbox {
     async fn receive(&mut self) -> Result<Reply, String> {
         loop {
             match self.buffer.pop_front() {
-                Some(Incoming::Reply(reply)) => return Ok(reply),
+                Some(Incoming::Reply(reply)) => return Ok(Arc::unwrap_or_clone(reply)),
                 Some(other) => return Err(format!("{other:?}")),
                 None => {}
             }
@@ -162,7 +162,7 @@ pub(crate) fn request(
 pub(crate) fn outbound(service: &ServiceName, request: Request) -> Outbound {
     Outbound::Request {
         service: service.clone(),
-        request,
+        request: Arc::new(request),
         expect_responder: false,
         ticket: Ticket::new(),
     }
@@ -185,7 +185,10 @@ pub(crate) async fn send_reply(
 ) -> Verdict {
     ok(
         "send a reply",
-        transport.send(Outbound::Reply { to, reply }),
+        transport.send(Outbound::Reply {
+            to,
+            reply: Arc::new(reply),
+        }),
     )
     .await
 }

@@ -86,7 +86,8 @@ impl<'a> Attention<'a> {
         }
     }
 
-    fn hear(&mut self, reply: Reply) {
+    fn hear(&mut self, reply: Arc<Reply>) {
+        let reply = Arc::unwrap_or_clone(reply);
         let Outcome::Signal(signal) = reply.outcome else {
             return;
         };
@@ -96,7 +97,7 @@ impl<'a> Attention<'a> {
                 node,
                 body: reply.body,
             },
-            Signal::Offer { to, id, .. } => return self.accept(to, Reply::value(id, "")),
+            Signal::Offer { to, id, .. } => return self.accept(to, Reply::value(id, "").into()),
         };
         if let Some(observer) = &self.options.observer {
             // A panic in it ended its call.
@@ -105,7 +106,7 @@ impl<'a> Attention<'a> {
     }
 
     /// Tells a server to start: the first that asks, and any that has the request after that one died.
-    fn accept(&mut self, to: ReplyAddress, reply: Reply) {
+    fn accept(&mut self, to: ReplyAddress, reply: Arc<Reply>) {
         self.pickup = None;
         let (transport, deadline) = (Arc::clone(self.transport), self.deadline);
         // The call has its reply to wait for.

@@ -58,7 +58,7 @@ impl Client {
     pub(crate) async fn open_at_desk(
         transport: Arc<dyn Transport>,
         config: ClientConfig,
-        words: Option<mpsc::Sender<(ServiceName, Request)>>,
+        words: Option<mpsc::Sender<(ServiceName, Arc<Request>)>>,
     ) -> Result<Self, Error> {
         config::check_timeout(config.timeout)?;
         let inbox = config::bounded("open an inbox", transport.open_inbox()).await?;
@@ -312,7 +312,7 @@ struct Dispatcher {
     listeners: Arc<Listeners>,
     joins: mpsc::UnboundedReceiver<Join>,
     /// Where the server hears what is said to it; none if it is none.
-    words: Option<mpsc::Sender<(ServiceName, Request)>>,
+    words: Option<mpsc::Sender<(ServiceName, Arc<Request>)>>,
     max_body: usize,
     _ended: DropGuard,
 }

@@ -10,10 +10,10 @@ use tokio_util::sync::CancellationToken;
 use crate::call::{Call, Notify};
 use crate::client::{Client, IntoServiceName};
 use crate::config;
-use crate::envelope::{CorrelationId, Headers, Reply};
+use crate::envelope::{CorrelationId, Headers, Reply, Request};
 use crate::error::Error;
 use crate::name::{ContentType, Method, Node, ReplyAddress};
-use crate::signal::Signal;
+use crate::signal::{Signal, Signals};
 use crate::transport::Outbound;
 
 /// A request's circumstances, as its handler sees them, and a client that inherits its deadline.
@@ -24,18 +24,13 @@ pub struct Context {
 
 #[derive(Debug)]
 pub(crate) struct Inner {
-    pub(crate) id: CorrelationId,
-    pub(crate) reply_to: Option<ReplyAddress>,
-    pub(crate) method: Option<Method>,
-    pub(crate) headers: Headers,
-    pub(crate) content_type: Option<ContentType>,
+    pub(crate) request: Arc<Request>,
     pub(crate) attempt: u32,
     pub(crate) deadline: Instant,
     /// Made when it is first asked for, or fires: most handlers end without either.
     pub(crate) cancellation: OnceLock<CancellationToken>,
     pub(crate) client: Client,
-    /// None if the caller would not understand a progress.
-    pub(crate) progress: Option<Node>,
+    pub(crate) node: Node,
 }
 
 impl Inner {
@@ -78,31 +73,35 @@ impl Context {
     /// The method that was called, if the request names one.
     #[must_use]
     pub fn method(&self) -> Option<&str> {
-        self.inner.method.as_ref().map(Method::as_str)
+        self.inner.request.method.as_ref().map(Method::as_str)
     }
 
     /// The request's user headers.
     #[must_use]
     pub fn headers(&self) -> &Headers {
-        &self.inner.headers
+        &self.inner.request.headers
     }
 
     /// What the body is, if the caller said.
     #[must_use]
     pub fn content_type(&self) -> Option<&str> {
-        self.inner.content_type.as_ref().map(ContentType::as_str)
+        self.inner
+            .request
+            .content_type
+            .as_ref()
+            .map(ContentType::as_str)
     }
 
     /// The id that ties the reply to its request.
     #[must_use]
     pub fn correlation_id(&self) -> &CorrelationId {
-        &self.inner.id
+        &self.inner.request.id
     }
 
     /// Where the reply goes; none for a one-way request.
     #[must_use]
     pub fn reply_to(&self) -> Option<&ReplyAddress> {
-        self.inner.reply_to.as_ref()
+        self.inner.request.reply_to.as_ref()
     }
 
     /// Calls another service, as [`Client::call`](crate::Client::call), within what is left of this request's deadline.
@@ -179,7 +178,9 @@ impl Context {
     /// # Errors
     /// As of [`progress`](Self::progress).
     pub async fn progress_raw(&self, value: impl Into<Bytes>) -> Result<(), Error> {
-        let (Some(node), Some(to)) = (&self.inner.progress, &self.inner.reply_to) else {
+        let Inner { request, node, .. } = &*self.inner;
+        // Its caller would not understand a progress, if it wants no signals.
+        let (Some(to), true) = (&request.reply_to, request.signals != Signals::None) else {
             return Ok(());
         };
         let body = value.into();
@@ -187,9 +188,9 @@ impl Context {
         let signal = Signal::Progress { node: node.clone() };
         let reply = Reply {
             body,
-            ..Reply::signal(self.inner.id.clone(), signal)
+            ..Reply::signal(request.id.clone(), signal)
         };
-        let to = to.clone();
+        let (to, reply) = (to.clone(), Arc::new(reply));
         self.inner
             .client
             .transport()

@@ -2,6 +2,7 @@
 
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
@@ -81,9 +82,12 @@ impl Exchange<'_> {
                 }
             };
             let result = match tried {
-                Try::Ended(Ended::Reply(reply)) => match reply.outcome {
-                    Outcome::Fault { fault, executed } => Err(Error::from_fault(fault, executed)),
-                    _ => Ok(reply),
+                Try::Ended(Ended::Reply(reply)) => match Arc::unwrap_or_clone(reply) {
+                    Reply {
+                        outcome: Outcome::Fault { fault, executed },
+                        ..
+                    } => Err(Error::from_fault(fault, executed)),
+                    reply => Ok(reply),
                 },
                 Try::Ended(Ended::Bad(error)) => Err(error),
                 Try::SendFailed(error) => Err(self.send_failed(error, ticket)),
@@ -153,7 +157,7 @@ impl Exchange<'_> {
     ) -> Sending<'_> {
         self.client.transport().send(Outbound::Request {
             service: self.service.clone(),
-            request: self.request(reply_to, remaining),
+            request: Arc::new(self.request(reply_to, remaining)),
             expect_responder: self.options.expect_responder,
             ticket: ticket.clone(),
         })

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::future::IntoFuture;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::timeout_at;
@@ -155,7 +156,7 @@ impl<Out> Gathering<'_, Out> {
         all || self.answers.len() >= self.at_most
     }
 
-    fn hear(&mut self, reply: Reply) {
+    fn hear(&mut self, reply: Arc<Reply>) {
         let (node, is_answer) = match (&reply.outcome, &reply.node) {
             (Outcome::Signal(Signal::Running { node, .. }), _) => (node.clone(), false),
             (Outcome::Value | Outcome::Fault { .. }, Some(node)) => (node.clone(), true),
@@ -173,7 +174,7 @@ impl<Out> Gathering<'_, Out> {
         heard.answered += 1;
         let result = match &reply.outcome {
             Outcome::Fault { fault, executed } => Err(Error::from_fault(fault.clone(), *executed)),
-            _ => (self.read)(reply),
+            _ => (self.read)(Arc::unwrap_or_clone(reply)),
         };
         self.answers.push(Answer {
             node,

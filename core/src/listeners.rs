@@ -25,7 +25,7 @@ pub(crate) struct Listeners {
 #[derive(Debug)]
 struct Listener {
     wants: Wants,
-    sender: mpsc::Sender<Reply>,
+    sender: mpsc::Sender<Arc<Reply>>,
 }
 
 /// What a listener is given.
@@ -66,7 +66,7 @@ impl Listeners {
     }
 
     /// Gives a message to who listens; returns a reply that nobody gathers.
-    pub(crate) fn hear(&self, reply: Reply) -> Option<Reply> {
+    pub(crate) fn hear(&self, reply: Arc<Reply>) -> Option<Arc<Reply>> {
         let is_signal = matches!(reply.outcome, Outcome::Signal(_));
         if !is_signal && self.gatherings.load(Ordering::Relaxed) == 0 {
             return Some(reply);
@@ -96,14 +96,14 @@ impl Listeners {
 pub(crate) struct Listening {
     listeners: Arc<Listeners>,
     id: u128,
-    receiver: mpsc::Receiver<Reply>,
+    receiver: mpsc::Receiver<Arc<Reply>>,
 }
 
 impl Listening {
     /// Waits for the next message. It never ends by itself.
     ///
     /// **Cancel safety**: a message is not lost by dropping the future.
-    pub(crate) async fn recv(&mut self) -> Reply {
+    pub(crate) async fn recv(&mut self) -> Arc<Reply> {
         match self.receiver.recv().await {
             Some(reply) => reply,
             None => std::future::pending().await,
@@ -111,7 +111,7 @@ impl Listening {
     }
 
     /// The next message, if it is there.
-    pub(crate) fn try_recv(&mut self) -> Option<Reply> {
+    pub(crate) fn try_recv(&mut self) -> Option<Arc<Reply>> {
         self.receiver.try_recv().ok()
     }
 }
@@ -131,13 +131,16 @@ mod tests {
     use crate::name::Node;
     use crate::signal::Signal;
 
-    fn value(id: u128) -> Reply {
-        Reply::value(CorrelationId::from_u128(id), "")
+    fn value(id: u128) -> Arc<Reply> {
+        Arc::new(Reply::value(CorrelationId::from_u128(id), ""))
     }
 
-    fn signal(id: u128) -> Reply {
+    fn signal(id: u128) -> Arc<Reply> {
         let node = Node::new("n").unwrap();
-        Reply::signal(CorrelationId::from_u128(id), Signal::Progress { node })
+        Arc::new(Reply::signal(
+            CorrelationId::from_u128(id),
+            Signal::Progress { node },
+        ))
     }
 
     #[tokio::test]

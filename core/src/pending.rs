@@ -40,7 +40,7 @@ pub struct ClientStats {
 #[derive(Debug)]
 pub(crate) enum Ended {
     /// By the reply.
-    Reply(Reply),
+    Reply(Arc<Reply>),
     /// By a reply that is none.
     Bad(Error),
     /// By its deadline.
@@ -351,7 +351,7 @@ mod tests {
         let id = CorrelationId::from_u128(id);
         pending.resolve(
             &id,
-            Ended::Reply(Reply::value(id.clone(), "")),
+            Ended::Reply(Arc::new(Reply::value(id.clone(), ""))),
             Instant::now(),
         );
     }

@@ -122,7 +122,7 @@ impl Service {
         }
         // It was finished here when the broker was away.
         if let Some(reply) = self.outbox.find(id, reply_to) {
-            return self.settle(delivery.reply(Some(reply))).await;
+            return self.settle(delivery.reply_shared(Some(reply))).await;
         }
         match self.is_wanted(&delivery).await {
             Wanted::Yes => self.execute(delivery).await,
@@ -142,7 +142,7 @@ impl Service {
         };
         if delivery.request.reply_to.is_some() {
             let reply = self.reply(delivery.request.id.clone(), outcome);
-            self.send_reply(delivery, reply).await;
+            self.send_reply(delivery, Arc::new(reply)).await;
         } else {
             Box::pin(self.end_one_way(delivery, outcome)).await;
         }
@@ -224,7 +224,7 @@ impl Service {
     async fn say(&self, delivery: &Delivery, to: &ReplyAddress, signal: Signal) -> bool {
         let message = Outbound::Reply {
             to: to.clone(),
-            reply: Reply::signal(delivery.request.id.clone(), signal),
+            reply: Arc::new(Reply::signal(delivery.request.id.clone(), signal)),
         };
         match self.client.transport().send(message).await {
             Err(error) => error.kind() != ErrorKind::NoResponder,
@@ -233,14 +233,14 @@ impl Service {
     }
 
     /// Replies and settles. A reply that the connection was lost under is kept until it is back.
-    async fn send_reply(&self, delivery: Delivery, reply: Reply) {
+    async fn send_reply(&self, delivery: Delivery, reply: Arc<Reply>) {
         let expires = delivery.expires;
         let kept = delivery
             .request
             .reply_to
             .clone()
-            .map(|to| (to, reply.clone()));
-        let Some(Err(error)) = self.settled(delivery.reply(Some(reply))).await else {
+            .map(|to| (to, Arc::clone(&reply)));
+        let Some(Err(error)) = self.settled(delivery.reply_shared(Some(reply))).await else {
             return;
         };
         let kept = kept.is_some_and(|(to, reply)| {
@@ -444,18 +444,13 @@ impl Service {
     }
 
     fn context(&self, delivery: &Delivery, deadline: Instant) -> Context {
-        let request = &delivery.request;
         let inner = context::Inner {
-            id: request.id.clone(),
-            reply_to: request.reply_to.clone(),
-            method: request.method.clone(),
-            headers: request.headers.clone(),
-            content_type: request.content_type.clone(),
+            request: Arc::clone(&delivery.request),
             attempt: delivery.attempt,
             deadline,
             cancellation: OnceLock::new(),
             client: self.client.clone(),
-            progress: (request.signals != Signals::None).then(|| self.node.clone()),
+            node: self.node.clone(),
         };
         Context {
             inner: Arc::new(inner),

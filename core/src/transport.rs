@@ -143,7 +143,7 @@ impl Capabilities {
     }
 }
 
-/// A message on its way out.
+/// A message on its way out. Messages are made once and then shared: nothing that carries one moves or copies its parts.
 #[derive(Debug)]
 pub enum Outbound {
     /// To whoever serves the service.
@@ -151,7 +151,7 @@ pub enum Outbound {
         /// The service.
         service: ServiceName,
         /// The request.
-        request: Request,
+        request: Arc<Request>,
         /// End with `NoResponder` if nobody serves it now, instead of waiting in the queue.
         expect_responder: bool,
         /// To be committed right before the first byte may leave; if that fails, the request is not sent.
@@ -162,7 +162,7 @@ pub enum Outbound {
         /// The inbox.
         to: ReplyAddress,
         /// The reply.
-        reply: Reply,
+        reply: Arc<Reply>,
     },
 }
 
@@ -225,13 +225,13 @@ pub enum InboxEvent {
 #[derive(Debug)]
 pub enum Incoming {
     /// A reply.
-    Reply(Reply),
+    Reply(Arc<Reply>),
     /// A request to every server of a service that the inbox has joined.
     Request {
         /// The service.
         service: ServiceName,
         /// The request. Its budget is what is left as the broker judges it, or what it was when it was sent.
-        request: Request,
+        request: Arc<Request>,
     },
     /// Something that is not a reply.
     Undecodable {
@@ -343,7 +343,7 @@ pub enum SubscriptionEvent {
 #[derive(Debug)]
 pub struct Delivery {
     /// The request.
-    pub request: Request,
+    pub request: Arc<Request>,
     /// Which attempt this is: 1, and one more for each server that died with it.
     pub attempt: u32,
     /// When its caller stops waiting, by this host's monotonic clock: what was left of the budget when it was taken,
@@ -358,14 +358,14 @@ impl Delivery {
     /// Puts a delivery together; for transports.
     #[must_use]
     pub fn new(
-        request: Request,
+        request: impl Into<Arc<Request>>,
         attempt: u32,
         expires: Option<Instant>,
         lease: CancellationToken,
         settlement: Box<dyn Settlement>,
     ) -> Self {
         Self {
-            request,
+            request: request.into(),
             attempt,
             expires,
             lease,
@@ -388,6 +388,14 @@ impl Delivery {
         self,
         reply: Option<Reply>,
     ) -> impl Future<Output = Result<(), Error>> + Send + use<> {
+        self.reply_shared(reply.map(Arc::new))
+    }
+
+    /// As [`reply`](Self::reply), with a reply of which somebody else has a share.
+    pub(crate) fn reply_shared(
+        self,
+        reply: Option<Arc<Reply>>,
+    ) -> impl Future<Output = Result<(), Error>> + Send + use<> {
         self.settlement.settle(Settle::Reply(reply))
     }
 
@@ -398,6 +406,7 @@ impl Delivery {
     /// # Errors
     /// As of [`reply`](Self::reply).
     pub async fn dead_letter(self, reason: String, reply: Option<Reply>) -> Result<(), Error> {
+        let reply = reply.map(Arc::new);
         self.settlement
             .settle(Settle::DeadLetter { reason, reply })
             .await
@@ -429,13 +438,13 @@ pub trait Settlement: Debug + Send + Sync {
 #[derive(Debug)]
 pub enum Settle {
     /// Reply if there is one, then done.
-    Reply(Option<Reply>),
+    Reply(Option<Arc<Reply>>),
     /// To the dead letters, and reply.
     DeadLetter {
         /// Why, for the operator.
         reason: String,
         /// For the caller.
-        reply: Option<Reply>,
+        reply: Option<Arc<Reply>>,
     },
     /// Back to the queue, not counted.
     Release,

@@ -33,7 +33,7 @@ pub(crate) async fn broadcast(
         what: What::Request(Box::new(OutgoingRequest {
             exchange: TO_ALL.into(),
             queue: naming::all_of(service),
-            request,
+            request: request.into(),
             deadline,
             // What no inbox takes is not to wait for one.
             expect_responder: true,

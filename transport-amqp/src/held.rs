@@ -1,5 +1,6 @@
 //! One delivery in this server's hands, from its arrival to its acknowledgement.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use antiphon_core::{CorrelationId, Error, Reply, Request};
@@ -77,11 +78,11 @@ pub(crate) struct Decoded {
 /// What is published for a delivery.
 #[derive(Debug)]
 pub(crate) enum Work {
-    Reply(Box<Reply>),
+    Reply(Arc<Reply>),
     /// To the dead letters, and then the reply.
     Bury {
         reason: String,
-        reply: Option<Box<Reply>>,
+        reply: Option<Arc<Reply>>,
     },
     /// Back to the queue it came from, as it was.
     Release,

@@ -1,5 +1,6 @@
 //! Requests and replies as AMQP messages: standard properties, so that any client in any language is a peer.
 
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use antiphon_core::transport::Incoming;
@@ -148,14 +149,14 @@ pub(crate) fn decode_reply(properties: &BasicProperties, body: Vec<u8>) -> Optio
             return undecodable(Some(id), reason);
         }
     };
-    Some(Incoming::Reply(Reply {
+    Some(Incoming::Reply(Arc::new(Reply {
         id,
         outcome,
         headers: decode_headers(properties),
         content_type: decode_content_type(properties),
         node: find(properties, NODE).and_then(|node| Node::new(node).ok()),
         body,
-    }))
+    })))
 }
 
 /// What a message in an inbox is that was sent to every server of a service.
@@ -166,7 +167,7 @@ pub(crate) fn decode_broadcast(
 ) -> Incoming {
     let service = ServiceName::new(service).map_err(|error| error.message().to_owned());
     let decoded = service.and_then(|service| {
-        let request = decode_request(properties, Bytes::from(body))?;
+        let request = Arc::new(decode_request(properties, Bytes::from(body))?);
         Ok(Incoming::Request { service, request })
     });
     // Without its id: it is no answer to anything of ours.
@@ -494,14 +495,10 @@ mod tests {
             &BasicProperties::default().with_correlation_id("1".into()),
             b"x".to_vec(),
         );
-        assert!(matches!(
-            reply,
-            Some(Incoming::Reply(Reply {
-                outcome: Outcome::Value,
-                node: None,
-                ..
-            }))
-        ));
+        let Some(Incoming::Reply(reply)) = reply else {
+            panic!("{reply:?}")
+        };
+        assert_eq!((&reply.outcome, &reply.node), (&Outcome::Value, &None));
     }
 
     #[test]
@@ -573,7 +570,7 @@ mod tests {
         else {
             panic!("a request");
         };
-        assert_eq!((service.as_str(), request.id), ("fib@a", sent.id));
+        assert_eq!((service.as_str(), &request.id), ("fib@a", &sent.id));
         assert_eq!(request.deadline.unwrap().budget, Duration::from_secs(2));
         // Not an answer to the call of that id.
         let strange = decode_broadcast("no service", &properties, Vec::new());

@@ -43,7 +43,7 @@ pub(crate) struct Job {
 #[derive(Debug)]
 pub(crate) enum What {
     Request(Box<OutgoingRequest>),
-    Reply { to: ReplyAddress, reply: Box<Reply> },
+    Reply { to: ReplyAddress, reply: Arc<Reply> },
 }
 
 #[derive(Debug)]
@@ -51,7 +51,7 @@ pub(crate) struct OutgoingRequest {
     /// Empty: the broker's own.
     pub(crate) exchange: ShortString,
     pub(crate) queue: ShortString,
-    pub(crate) request: Request,
+    pub(crate) request: Arc<Request>,
     /// By this host's clock.
     pub(crate) deadline: Option<Instant>,
     /// Kept on disk where its queue is.

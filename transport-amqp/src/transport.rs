@@ -128,10 +128,7 @@ impl AmqpTransport {
     fn enqueue(&self, message: Outbound, done: oneshot::Sender<Result<(), Error>>) {
         let (service, request, expect_responder, ticket) = match message {
             Outbound::Reply { to, reply } => {
-                let what = What::Reply {
-                    to,
-                    reply: Box::new(reply),
-                };
+                let what = What::Reply { to, reply };
                 return self.submit(Job { what, done });
             }
             Outbound::Request {

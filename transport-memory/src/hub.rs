@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
+use std::time::Duration;
 
 use antiphon_core::transport::{Incoming, SubscribeOptions};
 use antiphon_core::{
@@ -85,20 +86,23 @@ impl Hub {
     pub(crate) fn request(
         &self,
         service: &ServiceName,
-        mut request: Request,
+        mut request: Arc<Request>,
         (entered, now): (Instant, Instant),
         expect_responder: bool,
         ticket: &Ticket,
     ) -> Result<(), Error> {
         let mut expires = None;
-        if let Some(deadline) = &mut request.deadline {
+        if let Some(deadline) = request.deadline {
             expires = entered.checked_add(deadline.budget);
-            deadline.budget = deadline.budget.saturating_sub(now - entered);
-            if deadline.budget.is_zero() {
+            let waited = now - entered;
+            if deadline.budget <= waited {
                 return Err(Error::not_executed(
                     ErrorKind::DeadlineExceeded,
                     "no time was left when it could be sent",
                 ));
+            }
+            if !waited.is_zero() {
+                take_off(&mut request, waited);
             }
         }
         let queued = Queued {
@@ -144,7 +148,7 @@ impl Hub {
     }
 
     /// Delivers a request to the inboxes of all that joined the service, and says how many they are.
-    pub(crate) fn broadcast(&self, service: &ServiceName, request: &Request) -> usize {
+    pub(crate) fn broadcast(&self, service: &ServiceName, request: &Arc<Request>) -> usize {
         let audience: Vec<_> = {
             let mut audiences = lock(&self.audiences);
             let Some(audience) = audiences.get_mut(service) else {
@@ -163,7 +167,7 @@ impl Hub {
             reached += 1;
             let incoming = Incoming::Request {
                 service: service.clone(),
-                request: request.clone(),
+                request: Arc::clone(request),
             };
             if let Some(waker) = letters.push(incoming, arrives) {
                 waker.wake();
@@ -173,17 +177,17 @@ impl Hub {
     }
 
     /// Delivers a reply to its inbox. One to nowhere is dropped and counted; false then.
-    pub(crate) fn reply(&self, to: &ReplyAddress, reply: Reply) -> bool {
+    pub(crate) fn reply(&self, to: &ReplyAddress, reply: Arc<Reply>) -> bool {
         let Some(fate) = self.faults.reply_fate() else {
             return self.deliver(to, reply, None);
         };
         for _ in 1..fate.copies {
-            self.deliver(to, reply.clone(), fate.arrives);
+            self.deliver(to, Arc::clone(&reply), fate.arrives);
         }
         fate.copies == 0 || self.deliver(to, reply, fate.arrives)
     }
 
-    fn deliver(&self, to: &ReplyAddress, reply: Reply, arrives: Option<Instant>) -> bool {
+    fn deliver(&self, to: &ReplyAddress, reply: Arc<Reply>, arrives: Option<Instant>) -> bool {
         let delivered = {
             let inboxes = self.inboxes.read().unwrap_or_else(PoisonError::into_inner);
             inboxes
@@ -326,6 +330,13 @@ impl Hub {
             .entry(service.clone())
             .or_insert_with(|| Arc::new(Queue::new(service.clone(), Arc::clone(&self.sweeper))));
         use_it(queue)
+    }
+}
+
+/// Takes the time that a request has waited off its budget.
+pub(crate) fn take_off(request: &mut Arc<Request>, waited: Duration) {
+    if let Some(deadline) = &mut Arc::make_mut(request).deadline {
+        deadline.budget = deadline.budget.saturating_sub(waited);
     }
 }
 

@@ -30,7 +30,7 @@ pub(crate) struct Queue {
 /// A request that nobody has.
 #[derive(Debug)]
 pub(crate) struct Queued {
-    pub(crate) request: Request,
+    pub(crate) request: Arc<Request>,
     pub(crate) attempt: u32,
     pub(crate) expires: Option<Instant>,
     /// When it has travelled to here, if a delay is injected.
@@ -40,7 +40,7 @@ pub(crate) struct Queued {
 /// A copy of a held request for its server.
 #[derive(Debug)]
 pub(crate) struct Taken {
-    pub(crate) request: Request,
+    pub(crate) request: Arc<Request>,
     pub(crate) attempt: u32,
     pub(crate) expires: Option<Instant>,
     pub(crate) key: Key,
@@ -163,7 +163,7 @@ impl Queue {
         self.update(|state, effects| {
             let Held { queued, session } = state.held.remove(key)?;
             state.dead.push_back(DeadLetter {
-                request: queued.request,
+                request: Arc::unwrap_or_clone(queued.request),
                 attempt: queued.attempt,
                 reason,
             });

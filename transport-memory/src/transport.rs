@@ -14,6 +14,7 @@ use tokio::time::Instant;
 use crate::broker::{HubHandle, MemoryBroker};
 use crate::config::MemoryConfig;
 use crate::connection::{BLOCKED, CUT, Connection, PAUSED};
+use crate::hub::take_off;
 use crate::inbox::MemoryInbox;
 use crate::subscription::MemorySubscription;
 
@@ -104,14 +105,13 @@ impl Transport for MemoryTransport {
     async fn broadcast(
         &self,
         service: &ServiceName,
-        mut request: Request,
+        request: Request,
     ) -> Result<Option<usize>, Error> {
         let entered = Instant::now();
         let connection = self.connection();
         connection.pass(CUT | PAUSED | BLOCKED).await?;
-        if let Some(deadline) = &mut request.deadline {
-            deadline.budget = deadline.budget.saturating_sub(entered.elapsed());
-        }
+        let mut request = Arc::new(request);
+        take_off(&mut request, entered.elapsed());
         Ok(Some(connection.hub().broadcast(service, &request)))
     }
 

@@ -528,7 +528,7 @@ async fn after_close_all_is_closed() {
     );
     let reply = Outbound::Reply {
         to: inbox.address(),
-        reply: Reply::value(request("").id, ""),
+        reply: Reply::value(request("").id, "").into(),
     };
     assert_eq!(
         transport.send(reply).await.unwrap_err().kind(),

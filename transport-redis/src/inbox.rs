@@ -322,10 +322,10 @@ impl Reader {
             };
             self.bytes += bytes.len();
             let (letter, id) = match frame::decode_letter(Bytes::from(bytes)) {
-                Ok(Letter::Reply(frame)) => (Incoming::Reply(frame.reply), frame.apart),
+                Ok(Letter::Reply(frame)) => (Incoming::Reply(frame.reply.into()), frame.apart),
                 Ok(Letter::Request { service, mut frame }) => {
                     let id = frame.apart.take();
-                    let request = self.left_of(frame);
+                    let request = Arc::new(self.left_of(frame));
                     (Incoming::Request { service, request }, id)
                 }
                 Ok(Letter::Ignored) => continue,
@@ -355,8 +355,14 @@ impl Reader {
                     continue;
                 };
                 let (id, place) = match &mut *slot {
-                    Incoming::Reply(reply) => (&reply.id, &mut reply.body),
-                    Incoming::Request { request, .. } => (&request.id, &mut request.body),
+                    Incoming::Reply(reply) => {
+                        let reply = Arc::make_mut(reply);
+                        (&reply.id, &mut reply.body)
+                    }
+                    Incoming::Request { request, .. } => {
+                        let request = Arc::make_mut(request);
+                        (&request.id, &mut request.body)
+                    }
                     Incoming::Undecodable { .. } => continue,
                 };
                 match answer {

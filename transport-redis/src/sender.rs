@@ -56,7 +56,7 @@ struct Queue {
 pub(crate) enum Job {
     Request {
         service: ServiceName,
-        request: Request,
+        request: Arc<Request>,
         expect_responder: bool,
         ticket: Ticket,
         since: Instant,
@@ -64,7 +64,7 @@ pub(crate) enum Job {
     },
     Reply {
         to: InboxKeys,
-        reply: Reply,
+        reply: Arc<Reply>,
         done: Done,
     },
 }
@@ -96,7 +96,7 @@ impl Sender {
     pub(crate) async fn request(
         &self,
         service: ServiceName,
-        request: Request,
+        request: Arc<Request>,
         expect_responder: bool,
         ticket: Ticket,
     ) -> Result<(), Error> {
@@ -120,7 +120,7 @@ impl Sender {
     }
 
     /// Sends a message to an inbox; resolves when the broker has it.
-    pub(crate) async fn reply(&self, to: InboxKeys, reply: Reply) -> Result<(), Error> {
+    pub(crate) async fn reply(&self, to: InboxKeys, reply: Arc<Reply>) -> Result<(), Error> {
         let (done, result) = oneshot::channel();
         self.push(Job::Reply { to, reply, done });
         result

@@ -60,8 +60,8 @@ impl Settlement for RedisSettlement {
             return Err(error::lost_lease());
         };
         let end = match settle {
-            Settle::Reply(reply) => hold.reply(reply.as_ref()),
-            Settle::DeadLetter { reason, reply } => hold.burial(&reason, reply.as_ref()),
+            Settle::Reply(reply) => hold.reply(reply.as_deref()),
+            Settle::DeadLetter { reason, reply } => hold.burial(&reason, reply.as_deref()),
             Settle::Release => End::GiveBack {
                 attempt: hold.token.attempt,
                 keep: hold.keep,

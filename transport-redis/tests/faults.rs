@@ -464,7 +464,7 @@ async fn nobody_serves_as_soon_as_the_last_server_stopped() {
     let inbox = client.open_inbox().await.unwrap();
     let ask = || async {
         let (service, ticket) = (service.clone(), Ticket::new());
-        let request = request(&inbox.address(), BUDGET, &b"x"[..]);
+        let request = request(&inbox.address(), BUDGET, &b"x"[..]).into();
         within(
             "send",
             client.send(Outbound::Request {
@@ -722,7 +722,7 @@ async fn a_broker_that_stood_still_is_found_out_and_loses_nothing() {
                 panic!("{incoming:?}")
             };
             if !replies.contains(&reply.body) {
-                replies.push(reply.body);
+                replies.push(reply.body.clone());
             }
         }
     }
@@ -759,7 +759,7 @@ async fn withdrawn_while_the_broker_was_away_is_never_sent() {
             let (withdrawn, kept) = (Ticket::new(), Ticket::new());
             let outbound = |ticket: &Ticket, body: &'static [u8]| Outbound::Request {
                 service: service.clone(),
-                request: request(&inbox.address(), BUDGET, body),
+                request: request(&inbox.address(), BUDGET, body).into(),
                 expect_responder: false,
                 ticket: ticket.clone(),
             };

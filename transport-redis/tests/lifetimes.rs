@@ -178,7 +178,7 @@ async fn what_was_written_and_not_answered_at_close_may_have_been_executed() {
     let ticket = Ticket::new();
     let sending = client.send(Outbound::Request {
         service,
-        request: request(&inbox.address(), BUDGET, "x"),
+        request: request(&inbox.address(), BUDGET, "x").into(),
         expect_responder: false,
         ticket: ticket.clone(),
     });

@@ -2,6 +2,7 @@
 
 mod support;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use antiphon_core::transport::{Inbox, InboxEvent, Incoming, Outbound, SubscribeOptions};
@@ -20,7 +21,7 @@ fn address(text: &str) -> ReplyAddress {
 }
 
 /// The next thing said, which is alone.
-async fn said(inbox: &mut dyn Inbox) -> (String, Request) {
+async fn said(inbox: &mut dyn Inbox) -> (String, Arc<Request>) {
     match within("a word", inbox.recv()).await {
         InboxEvent::Replies(mut incoming) if incoming.len() == 1 => match incoming.remove(0) {
             Incoming::Request { service, request } => (service.to_string(), request),
@@ -67,9 +68,12 @@ async fn every_server_hears_it_and_what_is_gone_is_not_counted() {
         assert_eq!(reached.unwrap(), Some(2));
         for inbox in &mut inboxes {
             let (name, heard) = said(&mut **inbox).await;
-            assert_eq!((name, heard.id), (service.to_string(), request.id.clone()));
             assert_eq!(
-                (heard.reply_to, heard.body),
+                (name, heard.id.clone()),
+                (service.to_string(), request.id.clone())
+            );
+            assert_eq!(
+                (heard.reply_to.clone(), heard.body.clone()),
                 (Some(from.clone()), request.body.clone())
             );
             let left = heard.deadline.unwrap().budget;
@@ -154,7 +158,10 @@ async fn an_inbox_stays_in_its_audience_for_many_times_its_time_to_live() {
 
 /// Replies to an inbox, and says what came of it.
 async fn reply_to(transport: &RedisTransport, to: &ReplyAddress) -> Result<(), Error> {
-    let (to, reply) = (to.clone(), Reply::value(CorrelationId::random(), "x"));
+    let (to, reply) = (
+        to.clone(),
+        Reply::value(CorrelationId::random(), "x").into(),
+    );
     within("a reply", transport.send(Outbound::Reply { to, reply })).await
 }
 

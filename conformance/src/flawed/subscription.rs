@@ -116,7 +116,10 @@ impl FlawedSettlement {
     /// Sends a reply, and settles nothing.
     async fn reply_only(&self, reply: Option<Reply>) -> Result<(), Error> {
         match (self.to.clone(), reply) {
-            (Some(to), Some(reply)) => self.line.sound.send(Outbound::Reply { to, reply }).await,
+            (Some(to), Some(reply)) => {
+                let reply = Arc::new(reply);
+                self.line.sound.send(Outbound::Reply { to, reply }).await
+            }
             _ => Ok(()),
         }
     }
@@ -138,14 +141,14 @@ impl Settlement for FlawedSettlement {
         let Some(sound) = self.sound.take() else {
             return match settle {
                 Settle::Reply(reply) | Settle::DeadLetter { reply, .. } => {
-                    self.reply_only(reply).await
+                    self.reply_only(reply.map(Arc::unwrap_or_clone)).await
                 }
                 Settle::Release => Ok(()),
             };
         };
         match settle {
             Settle::Reply(reply) => {
-                let mut reply = reply.map(|reply| self.line.reply(reply)).transpose()?;
+                let mut reply = reply.map(|reply| self.line.reply(&reply)).transpose()?;
                 let is_fault = matches!(&reply, Some(reply) if reply.outcome != Outcome::Value);
                 match (self.line.world.flaw, &mut reply) {
                     (Flaw::AnswersInOrder, Some(reply)) => {
@@ -170,10 +173,10 @@ impl Settlement for FlawedSettlement {
                 sound.reply(reply).await
             }
             Settle::DeadLetter { reply, .. } if self.line.has(Flaw::BuriesNothing) => {
-                sound.reply(reply).await
+                sound.reply(reply.map(Arc::unwrap_or_clone)).await
             }
             Settle::DeadLetter { reason, reply } => {
-                let reply = reply.map(|reply| self.line.reply(reply)).transpose()?;
+                let reply = reply.map(|reply| self.line.reply(&reply)).transpose()?;
                 sound.dead_letter(reason, reply).await
             }
             Settle::Release if self.line.has(Flaw::CountsReleases) => {

@@ -101,7 +101,7 @@ impl Line {
                     let node = antiphon_core::Node::new("planted")?;
                     let every = Duration::from_secs(5);
                     let signal = antiphon_core::Signal::Running { node, every };
-                    let reply = Reply::signal(request.id.clone(), signal);
+                    let reply = Arc::new(Reply::signal(request.id.clone(), signal));
                     self.sound.send(Outbound::Reply { to, reply }).await?;
                 }
             }
@@ -165,7 +165,7 @@ impl Line {
         self.sound.send(message.with(request)).await
     }
 
-    async fn send_reply(&self, to: ReplyAddress, reply: Reply) -> Result<(), Error> {
+    async fn send_reply(&self, to: ReplyAddress, reply: &Reply) -> Result<(), Error> {
         if self.has(Flaw::LosesBareReplies) {
             return Ok(());
         }
@@ -176,6 +176,7 @@ impl Line {
             Flaw::TakesSignalsForReplies if is_signal(&reply) => reply.outcome = Outcome::Value,
             _ => {}
         }
+        let reply = Arc::new(reply);
         let sent = self.sound.send(Outbound::Reply { to, reply }).await;
         match sent {
             Err(error)
@@ -188,7 +189,8 @@ impl Line {
     }
 
     /// What becomes of a reply on its way.
-    pub(super) fn reply(&self, mut reply: Reply) -> Result<Reply, Error> {
+    pub(super) fn reply(&self, reply: &Reply) -> Result<Reply, Error> {
+        let mut reply = reply.clone();
         reply.body = self.body(reply.body);
         reply.id = self.id(reply.id)?;
         if let Outcome::Fault { fault, executed } = &mut reply.outcome {
@@ -257,7 +259,7 @@ impl Message {
         } = self;
         Outbound::Request {
             service,
-            request,
+            request: Arc::new(request),
             expect_responder,
             ticket,
         }
@@ -289,10 +291,11 @@ impl Transport for Flawed {
                 expect_responder,
                 ticket,
             } => {
+                let request = Arc::unwrap_or_clone(request);
                 line.send_request(service, request, expect_responder, ticket)
                     .await
             }
-            Outbound::Reply { to, reply } => line.send_reply(to, reply).await,
+            Outbound::Reply { to, reply } => line.send_reply(to, &reply).await,
         }
     }
 

@@ -92,7 +92,7 @@ impl Desk {
     /// Deals with what is said until `kill`; from `stop` on, only with what is given up.
     pub(crate) async fn run(
         self,
-        mut words: mpsc::Receiver<(ServiceName, Request)>,
+        mut words: mpsc::Receiver<(ServiceName, Arc<Request>)>,
         stop: CancellationToken,
         kill: CancellationToken,
     ) {
@@ -115,19 +115,19 @@ impl Desk {
         }
     }
 
-    fn hear(&self, service: ServiceName, request: Request, places: &Arc<Semaphore>) {
+    fn hear(&self, service: ServiceName, request: Arc<Request>, places: &Arc<Semaphore>) {
         match request.method.as_ref().map(Method::as_str) {
             Some(control::CANCEL) => self.cancel(&request),
-            Some(control::PING) => self.answer(request, Bytes::new()),
+            Some(control::PING) => self.answer(&request, Bytes::new()),
             Some(control::INFO) => {
                 let info = self.info();
-                self.answer_json(request, &info);
+                self.answer_json(&request, &info);
             }
             Some(control::STATS) => {
                 let stats = self.counters.node_stats(&self.running, &self.outbox);
-                self.answer_json(request, &stats);
+                self.answer_json(&request, &stats);
             }
-            Some(control::HAND_OVER) => self.hand_over(&service, request),
+            Some(control::HAND_OVER) => self.hand_over(&service, &request),
             _ => self.ask(&service, request, places),
         }
     }
@@ -155,7 +155,7 @@ impl Desk {
     }
 
     /// Runs the service's own handler, and replies by name.
-    fn ask(&self, service: &ServiceName, request: Request, places: &Arc<Semaphore>) {
+    fn ask(&self, service: &ServiceName, request: Arc<Request>, places: &Arc<Semaphore>) {
         let Some(Served { service, own, .. }) = self.services.get(service) else {
             return;
         };
@@ -193,16 +193,16 @@ impl Desk {
         self.handlers.spawn(own.track_future(serve));
     }
 
-    fn hand_over(&self, service: &ServiceName, request: Request) {
+    fn hand_over(&self, service: &ServiceName, request: &Request) {
         let served = self.services.get(service);
         let Some(hand_over) = served.and_then(|served| served.owned.present()) else {
             return;
         };
         let reply = Reply {
             node: Some(self.node.clone()),
-            ..Reply::value(request.id, Bytes::new())
+            ..Reply::value(request.id.clone(), Bytes::new())
         };
-        let (transport, to) = (Arc::clone(&self.transport), request.reply_to);
+        let (transport, to) = (Arc::clone(&self.transport), request.reply_to.clone());
         // Not one of the handlers: those are waited for before it is free.
         tokio::spawn(async move {
             hand_over.asked.cancel();
@@ -213,14 +213,14 @@ impl Desk {
         });
     }
 
-    fn answer_json(&self, request: Request, value: &impl Serialize) {
+    fn answer_json(&self, request: &Request, value: &impl Serialize) {
         let body = serde_json::to_vec(value).unwrap_or_default();
         self.answer(request, body.into());
     }
 
-    fn answer(&self, request: Request, body: Bytes) {
+    fn answer(&self, request: &Request, body: Bytes) {
         let reply = Reply::value(request.id.clone(), body);
-        self.send(&request, reply);
+        self.send(request, reply);
     }
 
     fn send(&self, request: &Request, reply: Reply) {
@@ -250,6 +250,7 @@ impl Desk {
 }
 
 async fn send(transport: &dyn Transport, to: ReplyAddress, reply: Reply) {
+    let reply = Arc::new(reply);
     if let Err(error) = transport.send(Outbound::Reply { to, reply }).await {
         tracing::debug!(%error, "who asked did not get the answer");
     }
@@ -276,10 +277,10 @@ impl Settlement for ByName {
         let Some(to) = self.to else {
             return Ok(());
         };
-        let reply = Reply {
+        let reply = Arc::new(Reply {
             node: Some(self.node),
-            ..reply
-        };
+            ..Arc::unwrap_or_clone(reply)
+        });
         self.transport.send(Outbound::Reply { to, reply }).await
     }
 }

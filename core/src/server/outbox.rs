@@ -42,7 +42,7 @@ struct State {
 #[derive(Debug)]
 struct Kept {
     to: ReplyAddress,
-    reply: Reply,
+    reply: Arc<Reply>,
     expires: Instant,
 }
 
@@ -59,7 +59,7 @@ impl Outbox {
     }
 
     /// Keeps a reply that could not be sent. False if there is no room.
-    pub(crate) fn keep(&self, to: ReplyAddress, reply: Reply, expires: Instant) -> bool {
+    pub(crate) fn keep(&self, to: ReplyAddress, reply: Arc<Reply>, expires: Instant) -> bool {
         let id = reply.id.clone();
         if !self.remember(to, reply, expires) {
             return false;
@@ -74,7 +74,7 @@ impl Outbox {
     }
 
     /// Keeps a reply only for the case that its request comes again. False if there is no room.
-    pub(crate) fn remember(&self, to: ReplyAddress, reply: Reply, expires: Instant) -> bool {
+    pub(crate) fn remember(&self, to: ReplyAddress, reply: Arc<Reply>, expires: Instant) -> bool {
         let mut state = self.lock();
         state.forget_expired();
         let size = reply.body.len();
@@ -91,13 +91,13 @@ impl Outbox {
 
     /// The reply to a request that was executed here before. Ids of ours are nobody else's; those of plain peers need not
     /// be, and are not looked for.
-    pub(crate) fn find(&self, id: &CorrelationId, to: Option<&ReplyAddress>) -> Option<Reply> {
+    pub(crate) fn find(&self, id: &CorrelationId, to: Option<&ReplyAddress>) -> Option<Arc<Reply>> {
         if self.count() == 0 || id.as_u128().is_none() {
             return None;
         }
         let state = self.lock();
         let kept = state.kept.get(id).filter(|kept| to == Some(&kept.to))?;
-        Some(kept.reply.clone())
+        Some(Arc::clone(&kept.reply))
     }
 
     pub(crate) fn count(&self) -> usize {
@@ -125,7 +125,7 @@ impl Outbox {
         let kept = || {
             let state = self.lock();
             let kept = state.kept.get(id)?;
-            Some((kept.to.clone(), kept.reply.clone(), kept.expires))
+            Some((kept.to.clone(), Arc::clone(&kept.reply), kept.expires))
         };
         while let Some((to, reply, expires)) = kept() {
             let sent = async {
@@ -264,11 +264,19 @@ mod tests {
         let to = ReplyAddress::new("inbox").unwrap();
         let keep = |id: u128, body: &'static str| {
             let reply = Reply::value(CorrelationId::from_u128(id), body);
-            outbox.keep(to.clone(), reply, Instant::now() + Duration::from_secs(5))
+            outbox.keep(
+                to.clone(),
+                reply.into(),
+                Instant::now() + Duration::from_secs(5),
+            )
         };
         // What is only remembered makes room for what is to be sent.
         let old = Reply::value(CorrelationId::from_u128(9), "1234567890");
-        assert!(outbox.remember(to.clone(), old, Instant::now() + Duration::from_secs(5)));
+        assert!(outbox.remember(
+            to.clone(),
+            old.into(),
+            Instant::now() + Duration::from_secs(5)
+        ));
         assert!(keep(1, "12345") && !keep(2, "123456") && keep(2, "1234") && !keep(3, ""));
         assert!(keep(2, "12345"), "it takes its own place");
         let find = |id: u128, to| outbox.find(&CorrelationId::from_u128(id), Some(to));

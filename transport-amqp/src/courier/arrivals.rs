@@ -117,7 +117,7 @@ impl Courier {
                 };
                 let fault = Fault::new(Code::InvalidArgument, reason.clone());
                 let id = CorrelationId::random();
-                let reply = Some(Box::new(Reply::fault(id, fault, executed)));
+                let reply = Some(Reply::fault(id, fault, executed).into());
                 held.progress = Progress::Publishing(Work::Bury { reason, reply });
                 self.unsent.push_back(key);
             }

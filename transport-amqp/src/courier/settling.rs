@@ -79,9 +79,7 @@ impl Courier {
                 held.done = Some(done);
                 held.progress = Progress::Acking;
                 let work = match *settle {
-                    Settle::Reply(Some(reply)) if held.reply_to().is_some() => {
-                        Work::Reply(Box::new(reply))
-                    }
+                    Settle::Reply(Some(reply)) if held.reply_to().is_some() => Work::Reply(reply),
                     Settle::Reply(_) => {
                         let prefetch = self.route.plan.prefetch;
                         if prefetch < PROMPT_PREFETCH && self.handed >= prefetch {
@@ -94,10 +92,7 @@ impl Courier {
                     Settle::DeadLetter { .. } | Settle::Release if held.tag.is_none() => {
                         return self.forget(key, Err(lost_lease()));
                     }
-                    Settle::DeadLetter { reason, reply } => Work::Bury {
-                        reason,
-                        reply: reply.map(Box::new),
-                    },
+                    Settle::DeadLetter { reason, reply } => Work::Bury { reason, reply },
                     Settle::Release => Work::Release,
                 };
                 held.progress = Progress::Publishing(work);
@@ -155,7 +150,7 @@ impl Courier {
                 }
                 // Its caller is told at least.
                 let fault = Fault::new(Code::Internal, "the broker did not take the reply");
-                **reply = Reply::fault(reply.id.clone(), fault, Executed::Yes);
+                *reply = Reply::fault(reply.id.clone(), fault, Executed::Yes).into();
                 self.unsent.push_back(key);
             }
             (_, Fate::Lost { refused: true }) => {

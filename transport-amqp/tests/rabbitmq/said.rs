@@ -95,7 +95,7 @@ pub(crate) async fn a_reply_to_an_inbox_that_is_gone_is_told(bench: Bench) {
     let transport = bench.connect().await;
     let inbox = transport.open_inbox().await.unwrap();
     let say = async |to: &ReplyAddress| {
-        let reply = Reply::value(CorrelationId::random(), "");
+        let reply = Reply::value(CorrelationId::random(), "").into();
         let to = to.clone();
         transport.send(Outbound::Reply { to, reply }).await
     };

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::mem;
+use std::sync::Arc;
 use std::task::Waker;
 
 use antiphon_core::transport::SubscribeMode;
@@ -349,7 +350,7 @@ impl State {
 }
 
 fn hold(held: &mut Table<Held>, queued: Queued, session: Key) -> Taken {
-    let (request, attempt, expires) = (queued.request.clone(), queued.attempt, queued.expires);
+    let (request, attempt, expires) = (Arc::clone(&queued.request), queued.attempt, queued.expires);
     let key = held.insert(Held { queued, session });
     Taken {
         request,

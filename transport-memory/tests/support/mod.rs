@@ -34,7 +34,7 @@ pub(crate) fn request_to(inbox: &dyn Inbox, body: &str) -> Request {
 pub(crate) fn outbound(to: &str, request: Request, ticket: &Ticket) -> Outbound {
     Outbound::Request {
         service: service(to),
-        request,
+        request: request.into(),
         expect_responder: false,
         ticket: ticket.clone(),
     }
@@ -54,7 +54,7 @@ pub(crate) async fn send_expecting(
     let ticket = Ticket::new();
     let message = Outbound::Request {
         service: service(to),
-        request,
+        request: request.into(),
         expect_responder: true,
         ticket,
     };
@@ -64,7 +64,7 @@ pub(crate) async fn send_expecting(
 pub(crate) async fn send_reply(transport: &MemoryTransport, to: &ReplyAddress, reply: Reply) {
     within(transport.send(Outbound::Reply {
         to: to.clone(),
-        reply,
+        reply: reply.into(),
     }))
     .await
     .unwrap();
@@ -72,7 +72,7 @@ pub(crate) async fn send_reply(transport: &MemoryTransport, to: &ReplyAddress, r
 
 /// A reply to an inbox that is gone.
 pub(crate) async fn send_to_nowhere(transport: &MemoryTransport, to: &ReplyAddress, reply: Reply) {
-    let to = to.clone();
+    let (to, reply) = (to.clone(), reply.into());
     let sent = within(transport.send(Outbound::Reply { to, reply })).await;
     assert_eq!(sent.unwrap_err().kind(), ErrorKind::NoResponder);
 }

@@ -199,7 +199,7 @@ pub async fn send(
         "send",
         transport.send(Outbound::Request {
             service,
-            request,
+            request: request.into(),
             expect_responder: false,
             ticket,
         }),
@@ -226,7 +226,7 @@ pub async fn delivery(subscription: &mut dyn Subscription) -> Delivery {
 pub async fn reply(inbox: &mut dyn Inbox) -> Reply {
     match within("a reply", inbox.recv()).await {
         InboxEvent::Replies(mut replies) if replies.len() == 1 => match replies.remove(0) {
-            Incoming::Reply(reply) => reply,
+            Incoming::Reply(reply) => std::sync::Arc::unwrap_or_clone(reply),
             other => panic!("{other:?}"),
         },
         other => panic!("{other:?}"),

@@ -13,7 +13,7 @@ use crate::frame;
 use crate::naming::{self, InboxKeys, ServiceKeys};
 use crate::send_batch::Now;
 use crate::transport::Shared;
-use crate::{error, scripts};
+use crate::{QUEUE_TTL, error, scripts};
 
 /// The audiences that an inbox belongs to, by their keys.
 #[derive(Clone, Debug, Default)]
@@ -26,11 +26,12 @@ impl Audiences {
         shared: &Shared,
         service: &ServiceName,
         inbox: &ReplyAddress,
-        lasts: u64,
     ) -> Result<(), Error> {
+        // It counts as long as its process shows that it lives.
+        shared.leases.keep(&shared.connector, shared.config.lease)?;
         let key = ServiceKeys::new(service).audience;
         let mut pipeline = Pipeline::new();
-        pipeline.add_command(attend(&key, inbox, lasts));
+        pipeline.add_command(attend(shared, &key, inbox));
         // First, so that it is taken off again even if this future is dropped.
         self.add(key);
         loop {
@@ -55,9 +56,9 @@ impl Audiences {
     }
 
     /// Adds the commands by which an inbox stays registered. Their answers mean nothing.
-    pub(crate) fn stay(&self, pipeline: &mut Pipeline, inbox: &ReplyAddress, lasts: u64) {
+    pub(crate) fn stay(&self, shared: &Shared, pipeline: &mut Pipeline, inbox: &ReplyAddress) {
         for key in &*self.lock() {
-            pipeline.add_command(attend(key, inbox, lasts));
+            pipeline.add_command(attend(shared, key, inbox));
         }
     }
 
@@ -73,9 +74,12 @@ impl Audiences {
     }
 }
 
-fn attend(key: &str, inbox: &ReplyAddress, lasts: u64) -> Cmd {
-    let mut command = scripts::ATTEND.on(&[key]);
-    command.arg(inbox.as_str()).arg(lasts);
+fn attend(shared: &Shared, key: &str, inbox: &ReplyAddress) -> Cmd {
+    let mut command = scripts::ATTEND.on(&[key, shared.leases.sign_of_life()]);
+    command.arg(inbox.as_str()).arg(millis(QUEUE_TTL));
+    command
+        .arg(millis(shared.config.lease))
+        .arg(shared.leases.sign());
     command
 }
 

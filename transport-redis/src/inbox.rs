@@ -7,7 +7,7 @@ use antiphon_core::transport::{Inbox, InboxEvent, Incoming};
 use antiphon_core::{Deadline, Error, ErrorKind, ReplyAddress, Request, ServiceName};
 use async_trait::async_trait;
 use bytes::Bytes;
-use redis::{Pipeline, RedisResult, Value};
+use redis::{Cmd, Pipeline, RedisResult, Value};
 use tokio::sync::mpsc;
 use tokio::task::yield_now;
 use tokio::time::Instant;
@@ -19,7 +19,7 @@ use crate::connection::{self, Backoff, Live};
 use crate::frame::{self, Letter, RequestFrame};
 use crate::naming::{self, InboxKeys};
 use crate::transport::Shared;
-use crate::{BLOCK, GHOST, error, scripts};
+use crate::{BLOCK, GHOST, QUEUE_TTL, error, scripts};
 
 /// The most replies of one page.
 const PAGE: usize = 256;
@@ -50,7 +50,7 @@ pub(crate) struct RedisInbox {
 impl RedisInbox {
     /// Opens an inbox: live as soon as its epoch is set.
     pub(crate) async fn open(shared: &Arc<Shared>) -> Result<Self, Error> {
-        let keys = InboxKeys::random().ok_or_else(|| {
+        let keys = InboxKeys::new(&shared.process.next_name()).ok_or_else(|| {
             Error::not_executed(ErrorKind::Broker, "a random name was not a valid address")
         })?;
         let audiences = Audiences::default();
@@ -91,9 +91,8 @@ impl Inbox for RedisInbox {
     }
 
     async fn join(&mut self, service: &ServiceName) -> Result<(), Error> {
-        let lasts = epoch_ttl(&self.shared);
         self.audiences
-            .join(&self.shared, service, &self.address, lasts)
+            .join(&self.shared, service, &self.address)
             .await
     }
 
@@ -111,8 +110,8 @@ struct Reader {
     shared: Arc<Shared>,
     keys: InboxKeys,
     audiences: Audiences,
-    /// When it was last seen to that the inbox stays in them.
-    attended: Instant,
+    /// When it was last seen to that the inbox stays in them, and how often the process had been taken for dead by then.
+    attended: (Instant, u64),
     epoch: String,
     /// Replies read and not acknowledged.
     read: usize,
@@ -124,11 +123,12 @@ struct Reader {
 
 impl Reader {
     fn new(shared: Arc<Shared>, keys: InboxKeys, audiences: Audiences) -> Self {
+        let attended = (Instant::now(), shared.leases.gone());
         Self {
             shared,
             keys,
             audiences,
-            attended: Instant::now(),
+            attended,
             epoch: String::new(),
             read: 0,
             bytes: 0,
@@ -222,13 +222,7 @@ impl Reader {
             let mut pipeline = Pipeline::new();
             let acknowledges = self.must_acknowledge();
             if acknowledges {
-                let mut command = scripts::ACK.on(&[&self.keys.epoch(), self.keys.list()]);
-                command
-                    .arg(&self.epoch)
-                    .arg(self.read)
-                    .arg(epoch_ttl(&self.shared))
-                    .arg(millis(self.shared.config.inbox_ttl));
-                pipeline.add_command(command);
+                pipeline.add_command(self.acknowledgement());
                 if !self.bodies.is_empty() {
                     pipeline.cmd("UNLINK").arg(&self.bodies);
                 }
@@ -237,7 +231,8 @@ impl Reader {
                 self.bodies.clear();
                 self.acknowledged = Instant::now();
                 // Seldom: each service costs a command.
-                if self.attended.elapsed() >= Duration::from_millis(epoch_ttl(&self.shared) / 4) {
+                let (attended, gone) = self.attended;
+                if gone != self.shared.leases.gone() || attended.elapsed() >= QUEUE_TTL / 4 {
                     self.attend(&mut pipeline);
                 }
             }
@@ -303,6 +298,20 @@ impl Reader {
             // Callers first: what they do next is written before the next wait.
             yield_now().await;
         }
+    }
+
+    /// The command that forgets what was read; if that is nothing, a cheaper one does for keeping the inbox.
+    fn acknowledgement(&self) -> Cmd {
+        let (epoch, ttl) = (self.keys.epoch(), epoch_ttl(&self.shared));
+        if self.read == 0 {
+            let mut command = redis::cmd("PEXPIRE");
+            command.arg(epoch).arg(ttl);
+            return command;
+        }
+        let mut command = scripts::ACK.on(&[&epoch, self.keys.list()]);
+        command.arg(&self.epoch).arg(self.read);
+        command.arg(ttl).arg(millis(self.shared.config.inbox_ttl));
+        command
     }
 
     fn must_acknowledge(&self) -> bool {
@@ -393,9 +402,9 @@ impl Reader {
 
     /// Adds the commands by which the inbox stays in its audiences.
     fn attend(&mut self, pipeline: &mut Pipeline) {
-        self.attended = Instant::now();
-        let lasts = epoch_ttl(&self.shared);
-        self.audiences.stay(pipeline, self.keys.address(), lasts);
+        self.attended = (Instant::now(), self.shared.leases.gone());
+        let inbox = self.keys.address();
+        self.audiences.stay(&self.shared, pipeline, inbox);
     }
 
     /// A request with what is left of its budget now.

@@ -1,20 +1,31 @@
-//! Renews leases, on a thread and a connection of its own: a busy runtime must not cost a server its work.
+//! Shows that this process lives, on a thread and a connection of its own: a busy runtime must not cost a server its work.
+//!
+//! There is one sign of life for all sessions, so that what it costs does not grow with them. While it is there nobody ends
+//! a session of this process. If it was gone for a while, any of them may have been ended, so each one asks.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use antiphon_core::{Error, ErrorKind};
-use redis::{ConnectionLike, RedisResult, Value};
+use redis::{Cmd, ConnectionLike, Pipeline, RedisResult, Value};
 
 use crate::completer::millis;
 use crate::connection::{self, Connector};
 use crate::session::Session;
+use crate::settle_batch::leave;
 use crate::{QUEUE_TTL, error, scripts};
 
-/// The sessions whose leases are renewed.
-#[derive(Debug, Default)]
+/// What the sign of life says as long as it was never gone.
+const STEADY: &str = "1";
+
+/// What it says when it was made again: until every session has asked for itself.
+const MADE_AGAIN: &str = "0";
+
+/// The sessions of this process, and its sign of life.
+#[derive(Debug)]
 pub(crate) struct Leases {
+    sign_of_life: String,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -22,15 +33,31 @@ pub(crate) struct Leases {
 #[derive(Debug, Default)]
 struct State {
     sessions: Vec<Entry>,
+    /// When the renewal was asked for that was granted last.
+    renewed: Option<Instant>,
+    /// The sign of life was gone, and not every session has asked since.
+    in_doubt: bool,
+    /// How often it was gone.
+    gone: u64,
+    /// Whose turn it is to be seen to, of the sessions that hold nothing.
+    turn: usize,
     running: bool,
     closed: bool,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 struct Entry {
     session: Arc<Session>,
-    /// When its last renewal was asked for.
-    renewed: Instant,
+    /// When it was registered, or later.
+    since: Instant,
+}
+
+/// What is asked for in one trip, beside the sign of life.
+#[derive(Default)]
+struct Round {
+    beaten: Vec<Arc<Session>>,
+    ended: Vec<Arc<Session>>,
+    all: bool,
 }
 
 /// Ends the renewals when it is dropped: also with the runtime, when nobody is left to settle what is held.
@@ -44,11 +71,34 @@ impl Drop for LeasesGuard {
 }
 
 impl Leases {
-    /// Renews the lease of this session from now on; `since` is when it was asked for.
-    pub(crate) fn add(
+    pub(crate) fn new(sign_of_life: String) -> Self {
+        Self {
+            sign_of_life,
+            state: Mutex::default(),
+            changed: Condvar::new(),
+        }
+    }
+
+    pub(crate) fn sign_of_life(&self) -> &str {
+        &self.sign_of_life
+    }
+
+    /// What the sign of life is to say if a step finds that it is not there: before the first renewal it is new.
+    pub(crate) fn sign(&self) -> &'static str {
+        match self.lock().renewed {
+            None => STEADY,
+            Some(_) => MADE_AGAIN,
+        }
+    }
+
+    /// How often the sign of life was gone: then what others saw of this process may be forgotten.
+    pub(crate) fn gone(&self) -> u64 {
+        self.lock().gone
+    }
+
+    /// Renews the sign of life from now on, until the end.
+    pub(crate) fn keep(
         self: &Arc<Self>,
-        session: Arc<Session>,
-        since: Instant,
         connector: &Arc<Connector>,
         lease: Duration,
     ) -> Result<(), Error> {
@@ -56,10 +106,6 @@ impl Leases {
         if state.closed {
             return Err(error::closed());
         }
-        state.sessions.push(Entry {
-            session,
-            renewed: since,
-        });
         if !state.running {
             let (leases, connector) = (Arc::clone(self), Arc::clone(connector));
             let thread = thread::Builder::new().name("antiphon-lease".to_owned());
@@ -74,23 +120,30 @@ impl Leases {
         Ok(())
     }
 
-    /// The sessions that are registered.
+    /// This session was registered; `since` is when that was asked for. It is seen to until it has left.
+    pub(crate) fn add(&self, session: Arc<Session>, since: Instant) {
+        let mut state = self.lock();
+        if state.closed {
+            session.lease.cancel();
+        }
+        state.sessions.push(Entry { session, since });
+    }
+
+    /// The sessions that may be registered.
     pub(crate) fn sessions(&self) -> Vec<Arc<Session>> {
         let state = self.lock();
-        state
-            .sessions
-            .iter()
-            .map(|entry| &entry.session)
-            .filter(|session| session.is_alive())
+        let sessions = state.sessions.iter().map(|entry| &entry.session);
+        sessions
+            .filter(|session| !session.has_left())
             .map(Arc::clone)
             .collect()
     }
 
-    /// Ends the thread; no lease is renewed any more.
+    /// Ends the thread, and all leases: nothing is renewed any more.
     fn close(&self) {
         let mut state = self.lock();
         state.closed = true;
-        for entry in state.sessions.drain(..) {
+        for entry in &state.sessions {
             entry.session.lease.cancel();
         }
         drop(state);
@@ -105,20 +158,12 @@ impl Leases {
         let mut connection = None;
         let mut pause = lease / 3;
         while self.sleep(pause) {
-            let entries = {
-                let mut state = self.lock();
-                state.sessions.retain(|entry| entry.session.is_alive());
-                state.sessions.clone()
-            };
-            if entries.is_empty() {
-                pause = lease / 3;
-                continue;
-            }
+            let round = self.lock().round();
             let asked = Instant::now();
-            match renew(&mut connection, connector, &entries, lease) {
+            match self.renew(&mut connection, connector, &round, lease) {
                 Ok(answers) => {
-                    self.note(&entries, &answers, asked);
-                    pause = lease / 3;
+                    let in_doubt = self.lock().note(&round, answers, asked);
+                    pause = if in_doubt { Duration::ZERO } else { lease / 3 };
                 }
                 Err(error) => {
                     tracing::debug!(%error, "leases cannot be renewed");
@@ -127,12 +172,7 @@ impl Leases {
                         + connection::random_part((lease / 10).min(Duration::from_millis(450)));
                 }
             }
-            for entry in &self.lock().sessions {
-                // By now the broker may have given its work to others, whether we could ask or not.
-                if entry.renewed.elapsed() >= lease {
-                    entry.session.lease.cancel();
-                }
-            }
+            self.lock().end_overdue(lease);
         }
     }
 
@@ -145,65 +185,106 @@ impl Leases {
         !waited.unwrap_or_else(PoisonError::into_inner).0.closed
     }
 
-    fn note(&self, asked_for: &[Entry], answers: &[Value], asked: Instant) {
-        let mut state = self.lock();
-        for (entry, answer) in asked_for.iter().zip(answers) {
-            match answer {
-                Value::Int(1) => {
-                    let same = |other: &&mut Entry| Arc::ptr_eq(&other.session, &entry.session);
-                    if let Some(entry) = state.sessions.iter_mut().find(same) {
-                        entry.renewed = asked;
-                    }
-                }
-                Value::Int(_) => entry.session.lease.cancel(),
-                other => tracing::warn!(?other, "a lease was not renewed"),
+    /// Asks in one trip. Gives the answers, that about the sign of life first.
+    fn renew(
+        &self,
+        connection: &mut Option<redis::Connection>,
+        connector: &Connector,
+        round: &Round,
+        lease: Duration,
+    ) -> RedisResult<Vec<Value>> {
+        // Two misses must fit into one lease.
+        let answer = lease / 3;
+        let open = match connection {
+            Some(open) => open,
+            None => {
+                let mut open = connector.open_for_thread(answer)?;
+                let loading = scripts::loading();
+                open.req_packed_commands(&loading.get_packed_pipeline(), 0, loading.len())?;
+                connection.insert(open)
+            }
+        };
+        let mut pipeline = Pipeline::new();
+        let mut sign = scripts::SIGN.on(&[&self.sign_of_life]);
+        sign.arg(STEADY).arg(millis(lease));
+        pipeline.add_command(sign);
+        for session in &round.beaten {
+            pipeline.add_command(beat(session));
+        }
+        for session in &round.ended {
+            pipeline.add_command(leave(session));
+        }
+        let answers =
+            open.req_packed_commands(&pipeline.get_packed_pipeline(), 0, pipeline.len())?;
+        match error::first_refusal(&answers) {
+            // The scripts may be gone: with a new connection they are loaded again.
+            Some(error) => Err(error.clone().into()),
+            None => Ok(answers),
+        }
+    }
+}
+
+impl State {
+    /// Those that hold work are seen to each time, and of the others one in turn.
+    fn round(&mut self) -> Round {
+        self.sessions.retain(|entry| !entry.session.has_left());
+        let mut round = Round {
+            all: self.in_doubt,
+            ..Round::default()
+        };
+        self.turn = (self.turn + 1) % self.sessions.len().max(1);
+        for (index, Entry { session, .. }) in self.sessions.iter().enumerate() {
+            if session.lease.is_cancelled() {
+                // Whoever let it go may have been unable to take it off the registry.
+                round.ended.push(Arc::clone(session));
+            } else if self.in_doubt || session.is_holding() || index == self.turn {
+                round.beaten.push(Arc::clone(session));
+            }
+        }
+        round
+    }
+
+    /// Takes the answers in; true if the sessions are in doubt.
+    fn note(&mut self, round: &Round, answers: Vec<Value>, asked: Instant) -> bool {
+        let mut answers = answers.into_iter();
+        self.renewed = Some(asked);
+        if round.all {
+            self.in_doubt = false;
+        }
+        if answers.next() != Some(Value::BulkString(STEADY.into())) {
+            self.in_doubt = true;
+            self.gone += 1;
+        }
+        for (session, answer) in round.beaten.iter().zip(&mut answers) {
+            if answer != Value::Int(1) {
+                session.lease.cancel();
+            }
+        }
+        for session in &round.ended {
+            session.leave();
+        }
+        self.in_doubt
+    }
+
+    /// By now the broker may have given their work to others, whether we could ask or not.
+    fn end_overdue(&self, lease: Duration) {
+        for Entry { session, since } in &self.sessions {
+            let renewed = self.renewed.map_or(*since, |renewed| renewed.max(*since));
+            if renewed.elapsed() >= lease {
+                session.lease.cancel();
             }
         }
     }
 }
 
-/// Renews all leases in one trip.
-fn renew(
-    connection: &mut Option<redis::Connection>,
-    connector: &Connector,
-    entries: &[Entry],
-    lease: Duration,
-) -> RedisResult<Vec<Value>> {
-    // Two misses must fit into one lease.
-    let answer = lease / 3;
-    let open = match connection {
-        Some(open) => open,
-        None => {
-            let mut open = connector.open_for_thread(answer)?;
-            let loading = scripts::loading();
-            open.req_packed_commands(&loading.get_packed_pipeline(), 0, loading.len())?;
-            connection.insert(open)
-        }
-    };
-    let mut pipeline = redis::Pipeline::with_capacity(entries.len());
-    for Entry { session, .. } in entries {
-        let mut command = scripts::BEAT.on(&[
-            &session.keys.sessions,
-            &session.keys.live,
-            &session.held_key,
-            &session.keys.owner,
-        ]);
-        command
-            .arg(&session.name)
-            .arg(millis(lease))
-            .arg(millis(QUEUE_TTL));
-        pipeline.add_command(command);
-    }
-    let answers = open.req_packed_commands(&pipeline.get_packed_pipeline(), 0, entries.len())?;
-    match answers.iter().find_map(|answer| {
-        if let Value::ServerError(error) = answer {
-            Some(error)
-        } else {
-            None
-        }
-    }) {
-        // The scripts may be gone: with a new connection they are loaded again.
-        Some(error) => Err(error.clone().into()),
-        None => Ok(answers),
-    }
+fn beat(session: &Session) -> Cmd {
+    let mut command = scripts::BEAT.on(&[
+        &session.keys.sessions,
+        &session.keys.live,
+        &session.keys.holding,
+        &session.held_key,
+        &session.keys.owner,
+    ]);
+    command.arg(&session.name).arg(millis(QUEUE_TTL));
+    command
 }

@@ -14,6 +14,7 @@ mod harness;
 mod inbox;
 mod isolation;
 mod lease;
+mod lobby;
 mod monitor;
 mod naming;
 mod pace;

@@ -1,134 +1,197 @@
 //! Returns the work of dead servers. Every server watches its services; any number may.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use redis::{Pipeline, Value};
-use tokio::time::{Instant, sleep};
-use tokio_util::sync::CancellationToken;
+use tokio::sync::Notify;
+use tokio::time::sleep;
 
 use crate::QUEUE_TTL;
 use crate::completer::millis;
-use crate::connection::random_part;
-use crate::naming::ServiceKeys;
+use crate::connection::{Live, random_part};
+use crate::naming::{self, ServiceKeys};
 use crate::settle_batch::reclaim;
 use crate::transport::Shared;
 
-/// The most sessions that are ended in one go.
-const PAGE: usize = 8;
+/// How many sessions of a service are looked at, at random: those that live all look, so that each one is looked at by about
+/// so many.
+const SAMPLE: usize = 16;
 
-/// The longest grace for renewals after Redis could not be asked.
-const GRACE_MAX: Duration = Duration::from_secs(2);
-
-/// How long several monitors spread over when a lease ends.
+/// How long several monitors spread over when a process is gone.
 const SPREAD: Duration = Duration::from_millis(150);
 
-/// Watches the leases of one service until `ending`.
-pub(crate) async fn watch(shared: Arc<Shared>, keys: Arc<ServiceKeys>, ending: CancellationToken) {
-    let lease = shared.config.lease;
-    let mut asked = Instant::now();
-    let mut pause = lease / 3;
-    loop {
-        if ending.run_until_cancelled(sleep(pause)).await.is_none() {
-            return;
+/// The services of this transport, watched by one task for all.
+#[derive(Debug, Default)]
+pub(crate) struct Monitor {
+    watched: Mutex<Vec<Arc<ServiceKeys>>>,
+    changed: Notify,
+}
+
+/// A service is watched until this is dropped.
+#[derive(Debug)]
+pub(crate) struct Watch {
+    shared: Arc<Shared>,
+    keys: Arc<ServiceKeys>,
+}
+
+impl Watch {
+    pub(crate) fn new(shared: &Arc<Shared>, keys: &Arc<ServiceKeys>) -> Self {
+        shared.monitor.lock().push(Arc::clone(keys));
+        shared.monitor.changed.notify_one();
+        Self {
+            shared: Arc::clone(shared),
+            keys: Arc::clone(keys),
         }
-        let Some(soonest) = soonest(&shared, &keys, &ending).await else {
-            pause = Duration::from_millis(100) + random_part(SPREAD);
-            continue;
-        };
-        if asked.elapsed() > lease {
-            // Redis stood still or was away, and so nobody could renew: give them the time to.
-            asked = Instant::now();
-            pause = (lease / 2).min(GRACE_MAX);
-            continue;
-        }
-        asked = Instant::now();
-        pause = match soonest {
-            Soonest::None => lease / 3,
-            Soonest::In(left) => {
-                (left + Duration::from_millis(1) + random_part(SPREAD)).min(lease / 3)
-            }
-            Soonest::Over(sessions) => {
-                let mut pipeline = Pipeline::new();
-                for session in &sessions {
-                    pipeline.add_command(reclaim(&keys, session, false));
-                }
-                if let Some(answers) = shared.link.try_execute(&pipeline).await {
-                    report(&keys, &answers);
-                }
-                Duration::from_millis(10) + random_part(SPREAD)
-            }
-        };
     }
 }
 
-/// The leases that end first.
-enum Soonest {
-    None,
-    In(Duration),
-    Over(Vec<String>),
+impl Drop for Watch {
+    fn drop(&mut self) {
+        let mut watched = self.shared.monitor.lock();
+        if let Some(at) = watched
+            .iter()
+            .position(|keys| Arc::ptr_eq(keys, &self.keys))
+        {
+            watched.swap_remove(at);
+        }
+    }
 }
 
-/// Asks for the leases that end first; `None` if Redis cannot be asked.
-async fn soonest(
-    shared: &Shared,
-    keys: &ServiceKeys,
-    ending: &CancellationToken,
-) -> Option<Soonest> {
-    let mut live = shared.link.clone().ready(ending).await?;
-    let mut pipeline = Pipeline::new();
-    pipeline.cmd("TIME");
-    pipeline
-        .cmd("ZRANGE")
-        .arg(&keys.sessions)
-        .arg(0)
-        .arg(PAGE - 1)
-        .arg("WITHSCORES");
-    // A queue lives as long as its requests do, as far as its senders know. Those of plain peers, and what is longer than the
-    // life of others, must not vanish while somebody serves.
-    pipeline
-        .cmd("PEXPIRE")
-        .arg(&keys.queue)
-        .arg(millis(QUEUE_TTL))
-        .arg("GT");
-    let answers = live.execute(&pipeline).await.ok()?;
-    let [time, Value::Array(entries), _] = answers.as_slice() else {
-        return None;
+/// A session of another process, where it was found.
+struct Found {
+    keys: Arc<ServiceKeys>,
+    session: String,
+}
+
+/// Watches the services of a transport until its end.
+pub(crate) async fn run(shared: Arc<Shared>) {
+    let watching = async {
+        let mut turn = 0;
+        // Also within the time that is granted to a queue of which nothing else is known.
+        let tick = (shared.config.lease / 3).min(shared.config.inbox_ttl / 4);
+        let mut pause = tick;
+        loop {
+            sleep(pause).await;
+            let services = shared.monitor.lock().clone();
+            if services.is_empty() {
+                shared.monitor.changed.notified().await;
+                pause = tick;
+                continue;
+            }
+            turn = (turn + 1) % services.len();
+            pause = match look(&shared, &services, turn).await {
+                Some(next) => next.min(tick),
+                None => Duration::from_millis(100) + random_part(SPREAD),
+            };
+        }
     };
-    let now = crate::connection::time_of(time)? / 1000;
-    let mut over = Vec::new();
-    for entry in entries {
-        let Value::Array(pair) = entry else {
-            return None;
-        };
-        let [Value::BulkString(session), Value::Double(end)] = pair.as_slice() else {
-            return None;
-        };
-        // A lease's end is a number of milliseconds, far below what a float holds exactly.
-        let end = *end as u64;
-        if end > now {
-            if over.is_empty() {
-                return Some(Soonest::In(Duration::from_millis(end - now)));
-            }
-            break;
-        }
-        over.push(String::from_utf8(session.clone()).ok()?);
-    }
-    Some(if over.is_empty() {
-        Soonest::None
-    } else {
-        Soonest::Over(over)
-    })
+    shared.ending.run_until_cancelled(watching).await;
 }
 
-fn report(keys: &ServiceKeys, answers: &[Value]) {
-    for answer in answers {
-        if let Value::Int(count @ 0..) = answer {
-            tracing::info!(
-                queue = keys.queue,
-                count,
-                "returned the work of a server whose lease was over"
-            );
+/// Looks where there is something, and at one idle service in turn: a session that held nothing may be left there.
+/// Gives when to look again, if that is known; fails if Redis cannot be asked.
+async fn look(shared: &Shared, services: &[Arc<ServiceKeys>], turn: usize) -> Option<Duration> {
+    let mut live = shared.link.clone().ready(&shared.ending).await?;
+    let mut pipeline = Pipeline::new();
+    let exists = pipeline.cmd("EXISTS");
+    for keys in services {
+        exists.arg(&keys.queue).arg(&keys.holding);
+    }
+    let in_turn = services.get(turn)?;
+    pipeline
+        .cmd("SRANDMEMBER")
+        .arg(&in_turn.sessions)
+        .arg(SAMPLE);
+    let mut answers = live.execute(&pipeline).await.ok()?.into_iter();
+    let any = answers.next()? != Value::Int(0);
+    let mut found = HashMap::new();
+    add(shared, &mut found, in_turn, answers.next()?);
+    if any {
+        let mut pipeline = Pipeline::new();
+        for keys in services {
+            // A queue lives as long as its requests do, as far as its senders know. Those of plain peers, and what is longer
+            // than the life of others, must not vanish while somebody serves.
+            let expire = pipeline.cmd("PEXPIRE").arg(&keys.queue);
+            expire.arg(millis(QUEUE_TTL)).arg("GT");
+            pipeline.cmd("SRANDMEMBER").arg(&keys.holding).arg(SAMPLE);
         }
+        let answers = live.execute(&pipeline).await.ok()?;
+        for (keys, answer) in services.iter().zip(answers.into_iter().skip(1).step_by(2)) {
+            add(shared, &mut found, keys, answer);
+        }
+    }
+    clear(&mut live, found).await
+}
+
+/// Adds the sessions of an answer, by their process. Those of our own end by themselves.
+fn add(
+    shared: &Shared,
+    found: &mut HashMap<String, Vec<Found>>,
+    keys: &Arc<ServiceKeys>,
+    sessions: Value,
+) {
+    let (Value::Array(sessions) | Value::Set(sessions)) = sessions else {
+        return;
+    };
+    for session in sessions {
+        if let Value::BulkString(session) = session
+            && let Ok(session) = String::from_utf8(session)
+            && !shared.process.is_mine(&session)
+        {
+            let process = naming::process_of(&session).to_owned();
+            let keys = Arc::clone(keys);
+            found
+                .entry(process)
+                .or_default()
+                .push(Found { keys, session });
+        }
+    }
+}
+
+/// Ends the sessions of those processes that are gone. Gives when the next one may be.
+async fn clear(live: &mut Live, found: HashMap<String, Vec<Found>>) -> Option<Duration> {
+    if found.is_empty() {
+        return Some(Duration::MAX);
+    }
+    let mut pipeline = Pipeline::new();
+    for process in found.keys() {
+        pipeline.cmd("PTTL").arg(naming::sign_of_life(process));
+    }
+    let answers = live.execute(&pipeline).await.ok()?;
+    let mut next = Duration::MAX;
+    let mut over = Vec::new();
+    for (sessions, answer) in found.into_values().zip(answers) {
+        match answer {
+            Value::Int(left @ 0..) => {
+                let left = Duration::from_millis(left.unsigned_abs() + 1);
+                next = next.min(left + random_part(SPREAD));
+            }
+            // Not there.
+            Value::Int(-2) => over.extend(sessions),
+            _ => {}
+        }
+    }
+    if over.is_empty() {
+        return Some(next);
+    }
+    let mut pipeline = Pipeline::new();
+    for found in &over {
+        pipeline.add_command(reclaim(&found.keys, &found.session, false));
+    }
+    for (found, answer) in over.iter().zip(live.execute(&pipeline).await.ok()?) {
+        if let Value::Int(count @ 0..) = answer {
+            let (queue, session) = (&found.keys.queue, &found.session);
+            tracing::info!(queue, session, count, "returned the work of a dead server");
+        }
+    }
+    // There may be more of them.
+    Some(Duration::from_millis(10) + random_part(SPREAD))
+}
+
+impl Monitor {
+    fn lock(&self) -> MutexGuard<'_, Vec<Arc<ServiceKeys>>> {
+        self.watched.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

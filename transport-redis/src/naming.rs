@@ -1,5 +1,7 @@
 //! The names of keys. Every key of a service carries the hash tag `{service}`, every key of a client `{client}`.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use antiphon_core::{ReplyAddress, ServiceName};
 use uuid::Uuid;
 
@@ -15,10 +17,12 @@ pub(crate) struct ServiceKeys {
     pub(crate) returned: String,
     /// "There may be work."
     pub(crate) bell: String,
-    /// Every session and when its lease ends.
+    /// Every session.
     pub(crate) sessions: String,
     /// The sessions that take work.
     pub(crate) live: String,
+    /// The sessions that hold work, or did a moment ago.
+    pub(crate) holding: String,
     /// The exclusive owner and its fencing number.
     pub(crate) owner: String,
     /// Dead letters.
@@ -38,6 +42,7 @@ impl ServiceKeys {
             bell: key("bell"),
             sessions: key("s"),
             live: key("l"),
+            holding: key("h"),
             owner: key("x"),
             dead: key("dead"),
             audience: key("a"),
@@ -63,9 +68,9 @@ pub(crate) struct InboxKeys {
 }
 
 impl InboxKeys {
-    /// An inbox with a random name.
-    pub(crate) fn random() -> Option<Self> {
-        Self::parse(&ReplyAddress::new(&format!("{{{}}}:i", random_id())).ok()?)
+    /// The inbox of one of our clients.
+    pub(crate) fn new(client: &str) -> Option<Self> {
+        Self::parse(&ReplyAddress::new(&format!("{{{client}}}:i")).ok()?)
     }
 
     /// The inbox of a reply address; `None` if it is not of our grammar, `{[A-Za-z0-9_.-]{1,64}}:i`. No other key can
@@ -102,13 +107,68 @@ impl InboxKeys {
     /// The epoch, if there is one as long as the inbox lives: of a plain peer's nothing is known.
     pub(crate) fn sign_of_life(&self) -> Option<String> {
         let client = self.list().strip_prefix('{')?.strip_suffix("}:i")?;
-        is_random_id(client).then(|| self.epoch())
+        let (process, number) = client.split_once('.')?;
+        let ours = is_random_id(process) && number.bytes().all(|byte| byte.is_ascii_digit());
+        ours.then(|| self.epoch())
     }
 
     /// The body of what arrives there, if it has its own key.
     pub(crate) fn body(&self, id: &str) -> String {
         format!("{}:b:{id}", self.list())
     }
+}
+
+/// A process, or rather one transport of it, as the broker knows it. The names of its sessions and inboxes begin with its own.
+#[derive(Debug)]
+pub(crate) struct Process {
+    name: String,
+    named: AtomicU64,
+}
+
+impl Default for Process {
+    fn default() -> Self {
+        Self {
+            name: random_id(),
+            named: AtomicU64::new(0),
+        }
+    }
+}
+
+impl Process {
+    /// A name for something of its own, never used before.
+    pub(crate) fn next_name(&self) -> String {
+        format!(
+            "{}.{}",
+            self.name,
+            self.named.fetch_add(1, Ordering::Relaxed)
+        )
+    }
+
+    /// The key that is there while it lives.
+    pub(crate) fn sign_of_life(&self) -> String {
+        sign_of_life(&self.name)
+    }
+
+    /// The bell by which it wakes itself.
+    pub(crate) fn bell(&self) -> String {
+        format!("{{{}}}:w", self.name)
+    }
+
+    pub(crate) fn is_mine(&self, session: &str) -> bool {
+        process_of(session) == self.name
+    }
+}
+
+/// The process that a session belongs to.
+pub(crate) fn process_of(session: &str) -> &str {
+    session
+        .split_once('.')
+        .map_or(session, |(process, _)| process)
+}
+
+/// The key that is there while that process lives. The scripts that must find it by a session's name spell it the same way.
+pub(crate) fn sign_of_life(process: &str) -> String {
+    format!("{{{process}}}:alive")
 }
 
 /// 32 hexadecimal digits that nobody can guess.
@@ -130,10 +190,12 @@ mod tests {
 
     #[test]
     fn only_inboxes_are_reply_addresses() {
-        let ours = InboxKeys::random().unwrap();
+        let process = Process::default();
+        let ours = InboxKeys::new(&process.next_name()).unwrap();
         assert_eq!(ours.sign_of_life(), Some(ours.epoch()));
         assert_eq!(InboxKeys::parse(ours.address()), Some(ours));
-        for good in ["{a}:i", "{plain.client-7_x}:i"] {
+        let foreign = format!("{{{}}}:i", random_id());
+        for good in ["{a}:i", "{plain.client-7_x}:i", &foreign] {
             let plain = InboxKeys::parse(&ReplyAddress::new(good).unwrap()).unwrap();
             assert_eq!(plain.sign_of_life(), None, "{good}");
         }
@@ -155,6 +217,17 @@ mod tests {
         }
         let long = format!("{{{}}}:i", "x".repeat(65));
         assert!(InboxKeys::parse(&ReplyAddress::new(&long).unwrap()).is_none());
+    }
+
+    #[test]
+    fn a_session_tells_its_process() {
+        let process = Process::default();
+        let (one, two) = (process.next_name(), process.next_name());
+        assert_ne!(one, two);
+        assert!(process.is_mine(&one) && process.is_mine(&two));
+        assert!(!Process::default().is_mine(&one));
+        assert_eq!(sign_of_life(process_of(&one)), process.sign_of_life());
+        assert_eq!(process_of("foreign"), "foreign");
     }
 
     #[test]

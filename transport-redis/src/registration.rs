@@ -1,6 +1,7 @@
 //! How the sessions of a subscription come on the registry of their service, and off it.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use antiphon_core::transport::SubscribeMode;
 use antiphon_core::{Error, ErrorKind};
@@ -26,12 +27,15 @@ pub(crate) enum Refusal {
 }
 
 impl Taker {
-    /// Takes a session off the registry that is not used, if that can be done now; if not, its lease ends by itself.
-    pub(crate) async fn undo(&self, session: &Session) {
-        session.leave();
+    /// Takes a session off the registry that may be there and is not used.
+    pub(crate) async fn undo(&self, session: &Arc<Session>) {
+        session.lease.cancel();
         let mut pipeline = Pipeline::new();
         pipeline.add_command(leave(session));
-        self.shared.link.try_execute(&pipeline).await;
+        let answers = self.shared.link.try_execute(&pipeline).await;
+        if !matches!(answers.as_deref(), Some([Value::Int(_)])) {
+            self.shared.leases.add(Arc::clone(session), Instant::now());
+        }
     }
 
     /// Registers a session; as the successor of another one if that still owns the service.
@@ -51,6 +55,15 @@ impl Taker {
                 )));
             }
         };
+        let Shared {
+            leases,
+            connector,
+            config,
+            ..
+        } = &*self.shared;
+        leases
+            .keep(connector, config.lease)
+            .map_err(Refusal::ForNow)?;
         for _ in 0..JOIN_ROUNDS {
             let mut live = self
                 .shared
@@ -59,19 +72,24 @@ impl Taker {
                 .ready(&self.stopping)
                 .await
                 .ok_or_else(|| Refusal::Final(error::closed()))?;
-            let mut command =
-                scripts::JOIN.on(&[&self.keys.sessions, &self.keys.live, &self.keys.owner]);
+            let mut command = scripts::JOIN.on(&[
+                &self.keys.sessions,
+                &self.keys.live,
+                &self.keys.owner,
+                leases.sign_of_life(),
+            ]);
             command
                 .arg(&session.name)
                 .arg(mode)
-                .arg(millis(self.shared.config.lease));
+                .arg(follows.map_or("", |follows| &follows.name));
             command
-                .arg(follows.map_or("", |follows| &follows.name))
-                .arg(millis(QUEUE_TTL));
+                .arg(millis(QUEUE_TTL))
+                .arg(millis(config.lease))
+                .arg(leases.sign());
             let mut pipeline = Pipeline::new();
             pipeline.cmd("TYPE").arg(&self.keys.queue);
             pipeline.add_command(command);
-            let asked = std::time::Instant::now();
+            let asked = Instant::now();
             // If it broke, nobody knows if the session was registered; asking again does no harm.
             let Ok(answers) = live.execute(&pipeline).await else {
                 continue;
@@ -83,7 +101,6 @@ impl Taker {
                 return Err(Refusal::ForNow(error::refused(error)));
             }
             if !matches!(kind, Value::SimpleString(kind) if kind == "list" || kind == "none") {
-                self.undo(session).await;
                 let message = format!("{} is not a list", self.keys.queue);
                 return Err(Refusal::Final(Error::not_executed(
                     ErrorKind::Broker,
@@ -92,15 +109,8 @@ impl Taker {
             }
             match answer {
                 Value::Int(0..) => {
-                    let Shared {
-                        leases,
-                        connector,
-                        config,
-                        ..
-                    } = &*self.shared;
-                    return leases
-                        .add(Arc::clone(session), asked, connector, config.lease)
-                        .map_err(Refusal::ForNow);
+                    leases.add(Arc::clone(session), asked);
+                    return Ok(());
                 }
                 Value::Int(_) => {
                     let message = match self.options.mode {
@@ -218,8 +228,7 @@ impl Taker {
         }
     }
 
-    /// Returns what a session of ours held whose lease is over by our clock. A renewal that was late may have prolonged it
-    /// in the registry, and there is no need to wait for its end.
+    /// Returns what a session of ours held whose lease is over by our clock. The broker may not think so.
     async fn reclaim_own(&self, session: &Session) {
         let mut pipeline = Pipeline::new();
         pipeline.add_command(leave(session));
@@ -227,9 +236,10 @@ impl Taker {
         loop {
             let answers = self.shared.link.try_execute(&pipeline).await;
             if matches!(answers.as_deref(), Some([Value::Int(_)])) {
+                session.leave();
                 return;
             }
-            // Once stopped this is left to the monitors.
+            // Once stopped this is left to the renewals.
             let pause = backoff.pause();
             if self.stopping.run_until_cancelled(pause).await.is_none() {
                 return;

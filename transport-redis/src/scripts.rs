@@ -32,8 +32,10 @@ steps! {
     PUT = "lua/put.lua";
     QUIT = "lua/quit.lua";
     RECLAIM = "lua/reclaim.lua";
+    RING = "lua/ring.lua";
     SEND_ONE = "lua/send_one.lua";
     SETTLE = "lua/settle.lua";
+    SIGN = "lua/sign.lua";
     WITHDRAW = "lua/withdraw.lua";
 }
 

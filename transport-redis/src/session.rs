@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-use crate::naming::{self, ServiceKeys};
+use crate::naming::ServiceKeys;
 
-/// A random name under which work is held. It is new after every lost lease and every lost connection, so that what an
+/// A name under which work is held. It is new after every lost lease and every lost connection, so that what an
 /// old one still tries is refused.
 #[derive(Debug)]
 pub(crate) struct Session {
@@ -25,8 +25,7 @@ pub(crate) struct Session {
 }
 
 impl Session {
-    pub(crate) fn new(keys: &Arc<ServiceKeys>, slots: &Arc<Slots>) -> Arc<Self> {
-        let name = naming::random_id();
+    pub(crate) fn new(name: String, keys: &Arc<ServiceKeys>, slots: &Arc<Slots>) -> Arc<Self> {
         Arc::new(Self {
             held_key: keys.held(&name),
             name,
@@ -44,9 +43,12 @@ impl Session {
         self.left.store(true, Ordering::Release);
     }
 
-    /// True while its lease is to be renewed.
-    pub(crate) fn is_alive(&self) -> bool {
-        !self.left.load(Ordering::Acquire) && !self.lease.is_cancelled()
+    pub(crate) fn has_left(&self) -> bool {
+        self.left.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn is_holding(&self) -> bool {
+        self.held.load(Ordering::Acquire) > 0
     }
 
     /// Counts what was taken.

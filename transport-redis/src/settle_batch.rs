@@ -10,7 +10,7 @@ use redis::{Cmd, Pipeline, RedisResult, Value};
 use crate::completer::{ApartBody, Completer, End, FullEnd, Item, millis};
 use crate::config::RedisConfig;
 use crate::connection::Live;
-use crate::naming::{InboxKeys, ServiceKeys};
+use crate::naming::{self, InboxKeys, ServiceKeys};
 use crate::session::Session;
 use crate::{QUEUE_TTL, error, scripts};
 
@@ -61,7 +61,7 @@ impl Batch {
             let Item { session, .. } = item;
             if !probed.iter().any(|other| Arc::ptr_eq(other, session)) {
                 pipeline
-                    .cmd("ZSCORE")
+                    .cmd("SISMEMBER")
                     .arg(&session.keys.sessions)
                     .arg(&session.name);
                 sent.push(Sent::Probe(Arc::clone(session)));
@@ -262,16 +262,19 @@ pub(crate) fn leave(session: &Session) -> Cmd {
     reclaim(&session.keys, &session.name, true)
 }
 
-/// Ends the session of that name if its lease is over, or if `at_once`.
+/// Ends the session of that name if its process is gone, or if `at_once`.
 pub(crate) fn reclaim(keys: &ServiceKeys, name: &str, at_once: bool) -> Cmd {
     let held = keys.held(name);
+    let sign_of_life = naming::sign_of_life(naming::process_of(name));
     let keys = [
         &keys.sessions,
         &keys.live,
+        &keys.holding,
         &keys.owner,
         &held,
         &keys.returned,
         &keys.bell,
+        &sign_of_life,
     ]
     .map(String::as_str);
     let mut command = scripts::RECLAIM.on(&keys);
@@ -310,13 +313,14 @@ fn conclude(answers: RedisResult<Vec<Value>>, sent: Vec<Sent>, completer: &Compl
         match entry {
             Sent::Body => {}
             Sent::Probe(session) => {
-                if answer == Value::Nil {
+                if answer == Value::Int(0) {
                     session.lease.cancel();
                 }
             }
             Sent::Leave(session) => match answer {
                 Value::ServerError(error) if !error::is_lasting(&error) => leaving.push(session),
-                // Refused for good, it is not renewed any more, and ended by a monitor.
+                // Refused for good, it may be granted another time.
+                Value::ServerError(_) => session.lease.cancel(),
                 _ => session.leave(),
             },
             Sent::Many(items) => match &answer {

@@ -14,7 +14,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use crate::monitor;
+use crate::monitor::Watch;
 use crate::naming::ServiceKeys;
 use crate::settlement::RedisSettlement;
 use crate::taker::Taker;
@@ -48,13 +48,11 @@ impl RedisSubscription {
             stopping.clone(),
         )
         .await?;
-        shared
-            .workers
-            .spawn(monitor::watch(Arc::clone(shared), keys, stopped.clone()));
+        let watch = Watch::new(shared, &keys);
         let done = stopped.clone().drop_guard();
         shared.workers.spawn(async move {
             taker.run().await;
-            drop(done);
+            drop((watch, done));
         });
         Ok(Self {
             buffer,

@@ -1,4 +1,4 @@
-//! Takes work for a subscription, on a connection of its own.
+//! Takes work for a subscription: from the lobby while there is little, on a connection of its own while there is much.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,6 +14,7 @@ use crate::claim::{self, Claimed};
 use crate::completer::millis;
 use crate::connection::{Backoff, Live};
 use crate::isolation::{Isolation, Plan};
+use crate::lobby::Seat;
 use crate::naming::ServiceKeys;
 use crate::registration::Refusal;
 use crate::session::{Session, Slots, Token};
@@ -23,6 +24,9 @@ use crate::{BLOCK, GHOST, QUEUE_TTL, error, scripts};
 
 /// The most that one claim takes.
 const CLAIM_MAX: usize = 512;
+
+/// A subscription that finds work twice in this time takes it on a connection of its own.
+const BUSY: Duration = Duration::from_secs(1);
 
 /// The task behind a subscription.
 pub(crate) struct Taker {
@@ -35,10 +39,16 @@ pub(crate) struct Taker {
     session: Arc<Session>,
     /// The first token of the next claim. What a claim took whose answer never came has this number or a higher one.
     pub(crate) next: u64,
+    /// The monitors know that the session may hold work.
+    known: bool,
 }
 
-/// Why taking ended.
+/// Why taking ended, in one place or altogether.
 enum Exit {
+    /// There is enough work for a connection of its own.
+    Busy,
+    /// There is too little for one.
+    Idle,
     Stopped,
     Lost,
     Broken,
@@ -54,7 +64,7 @@ impl Taker {
         stopping: CancellationToken,
     ) -> Result<Self, Error> {
         let slots = Arc::new(Slots::default());
-        let session = Session::new(keys, &slots);
+        let session = Session::new(shared.process.next_name(), keys, &slots);
         let taker = Self {
             shared: Arc::clone(shared),
             keys: Arc::clone(keys),
@@ -64,10 +74,14 @@ impl Taker {
             slots,
             session: Arc::clone(&session),
             next: 0,
+            known: false,
         };
         match taker.join(&session, None).await {
             Ok(()) => Ok(taker),
-            Err(Refusal::Final(error) | Refusal::ForNow(error)) => Err(error),
+            Err(Refusal::Final(error) | Refusal::ForNow(error)) => {
+                taker.undo(&session).await;
+                Err(error)
+            }
         }
     }
 
@@ -75,18 +89,10 @@ impl Taker {
     pub(crate) async fn run(mut self) {
         let mut backoff = Backoff::default();
         let mut ghost_until = Instant::now();
-        let answer = BLOCK + Duration::from_secs(2);
-        while let Some(live) = self
-            .shared
-            .connector
-            .open_patiently(answer, &self.stopping)
-            .await
-        {
+        loop {
             let since = Instant::now();
-            match self.take(live, ghost_until).await {
-                Exit::Stopped => break,
-                Exit::Lost => {}
-                Exit::Broken => ghost_until = Instant::now() + GHOST,
+            if let Exit::Stopped = self.serve(&mut ghost_until).await {
+                break;
             }
             if since.elapsed() > Duration::from_secs(1) {
                 backoff = Backoff::default();
@@ -112,13 +118,17 @@ impl Taker {
     /// if the queue is of another kind; all else is tried until it is stopped.
     async fn succeed(&mut self) -> Result<(), Error> {
         let old = Arc::clone(&self.session);
-        let session = Session::new(&self.keys, &self.slots);
+        let name = self.shared.process.next_name();
+        let session = Session::new(name, &self.keys, &self.slots);
         let mut backoff = Backoff::default();
         // Before the old one leaves, or somebody else might become the owner in between. Also if its lease is over by our
         // clock: as long as the registry shows it as the owner, nobody else was let in.
         while let Err(refusal) = self.join(&session, Some(&old)).await {
             let error = match refusal {
-                Refusal::Final(error) => return Err(error),
+                Refusal::Final(error) => {
+                    self.undo(&session).await;
+                    return Err(error);
+                }
                 Refusal::ForNow(error) => error,
             };
             tracing::debug!(%error, "a subscription waits for Redis");
@@ -132,13 +142,128 @@ impl Taker {
         self.retire(&old).await;
         self.session = session;
         self.next = 0;
+        self.known = false;
         Ok(())
     }
 
-    /// Takes on this connection, as much as there are free slots.
-    async fn take(&mut self, mut live: Live, ghost_until: Instant) -> Exit {
+    /// Takes under the present session, here or there, as much as there are free slots.
+    async fn serve(&mut self, ghost_until: &mut Instant) -> Exit {
         let mut isolation = Isolation::new(self.shared.config.lease);
+        let answer = BLOCK + Duration::from_secs(2);
+        loop {
+            match self.take_from_lobby(&mut isolation).await {
+                Exit::Busy => {}
+                exit => return exit,
+            }
+            let opening = self.shared.connector.open_patiently(answer, &self.stopping);
+            let Some(live) = opening.await else {
+                return Exit::Stopped;
+            };
+            match self.take(live, &mut isolation, *ghost_until).await {
+                Exit::Idle => {}
+                Exit::Broken => {
+                    *ghost_until = Instant::now() + GHOST;
+                    return Exit::Broken;
+                }
+                exit => return exit,
+            }
+        }
+    }
+
+    /// Takes on the shared connection, when the lobby tells that there is something.
+    async fn take_from_lobby(&mut self, isolation: &mut Isolation) -> Exit {
         let mut wait = false;
+        let mut seat = None;
+        let mut took = None;
+        let mut calm = Instant::now() + BLOCK;
+        loop {
+            let session = Arc::clone(&self.session);
+            let held = self.slots.held();
+            let (count, suspects) = match isolation.plan(
+                held,
+                self.options.prefetch,
+                Instant::now(),
+            ) {
+                Plan::Claim { count, suspects } => (count, suspects),
+                Plan::Wait { until } => {
+                    seat = None;
+                    tokio::select! {
+                        () = self.slots.freed.notified() => {}
+                        () = sleep_until(until.unwrap_or_else(Instant::now)), if until.is_some() => {}
+                        () = self.stopping.cancelled() => return Exit::Stopped,
+                        () = session.lease.cancelled() => return Exit::Lost,
+                    }
+                    continue;
+                }
+            };
+            if wait {
+                let seat = seat.get_or_insert_with(|| Seat::new(&self.shared, &self.keys));
+                tokio::select! {
+                    () = seat.rung() => {}
+                    // There may be something else to claim then.
+                    () = self.slots.freed.notified() => continue,
+                    () = sleep_until(calm), if self.known && held == 0 => {
+                        match self.rest(&session).await {
+                            Some(exit) => return exit,
+                            None => continue,
+                        }
+                    }
+                    () = self.stopping.cancelled() => return Exit::Stopped,
+                    () = session.lease.cancelled() => return Exit::Lost,
+                }
+            }
+            let pipeline = self.claim(count.min(CLAIM_MAX), suspects, None);
+            let answers = tokio::select! {
+                answers = on_link(&self.shared, &pipeline) => answers,
+                () = self.stopping.cancelled() => return Exit::Stopped,
+                () = session.lease.cancelled() => return Exit::Lost,
+            };
+            let before = self.next;
+            let claimed = match self.claimed(answers).await {
+                Ok(claimed) => claimed,
+                Err(exit) => return exit,
+            };
+            isolation.note(&claimed, self.slots.held(), Instant::now());
+            wait = !claimed.fresh_left;
+            if self.next > before {
+                let now = Instant::now();
+                let again = took.replace(now).is_some_and(|took| now < took + BUSY);
+                if again || claimed.fresh_left {
+                    return Exit::Busy;
+                }
+                calm = now + BLOCK;
+            }
+        }
+    }
+
+    /// Tells the monitors that the session holds nothing. If nobody knows whether they were told, the session is over: told
+    /// late, they would not look for what it holds by then.
+    async fn rest(&mut self, session: &Session) -> Option<Exit> {
+        let mut pipeline = Pipeline::new();
+        let remove = pipeline.cmd("SREM").arg(&self.keys.holding);
+        remove.arg(&session.name);
+        tokio::select! {
+            answers = on_link(&self.shared, &pipeline) => match answers.as_deref() {
+                Ok([Value::Int(_)]) => {
+                    self.known = false;
+                    None
+                }
+                _ => Some(Exit::Broken),
+            },
+            () = self.stopping.cancelled() => Some(Exit::Stopped),
+            () = session.lease.cancelled() => Some(Exit::Lost),
+        }
+    }
+
+    /// Takes on this connection, until there is little to take.
+    async fn take(
+        &mut self,
+        mut live: Live,
+        isolation: &mut Isolation,
+        ghost_until: Instant,
+    ) -> Exit {
+        let mut wait = false;
+        let mut took = Instant::now();
         loop {
             let session = Arc::clone(&self.session);
             let until =
@@ -158,10 +283,17 @@ impl Taker {
                             () = self.stopping.cancelled() => return Exit::Stopped,
                             () = session.lease.cancelled() => return Exit::Lost,
                         };
+                        let before = self.next;
                         match self.claimed(answers).await {
                             Ok(claimed) => {
-                                isolation.note(&claimed, self.slots.held(), Instant::now());
+                                let now = Instant::now();
+                                isolation.note(&claimed, self.slots.held(), now);
                                 wait = !claimed.fresh_left;
+                                if self.next > before {
+                                    took = now;
+                                } else if wait && now >= took + BLOCK {
+                                    return Exit::Idle;
+                                }
                             }
                             Err(exit) => return exit,
                         }
@@ -194,13 +326,15 @@ impl Taker {
             &keys.returned,
             &self.session.held_key,
             &keys.bell,
+            &keys.holding,
         ]);
         command
             .arg(&self.session.name)
             .arg(count)
             .arg(self.next)
             .arg(suspects)
-            .arg(millis(QUEUE_TTL));
+            .arg(millis(QUEUE_TTL))
+            .arg(u8::from(!self.known));
         pipeline.add_command(command);
         pipeline.cmd("TIME");
         pipeline
@@ -247,6 +381,7 @@ impl Taker {
             .map(|micros| micros / 1000)
             .or_else(|| self.shared.clock.now())
             .unwrap_or_default();
+        self.known = true;
         let first = self.next;
         self.next += frames.len() as u64;
         self.session.hold(frames.len());
@@ -263,6 +398,14 @@ impl Taker {
             Some(_) => Err(Exit::Broken),
             None => Ok(claimed),
         }
+    }
+}
+
+/// Runs commands on the shared connection, as soon as there is one.
+async fn on_link(shared: &Shared, pipeline: &Pipeline) -> RedisResult<Vec<Value>> {
+    match shared.link.clone().ready(&shared.ending).await {
+        Some(mut live) => live.execute(pipeline).await,
+        None => Err(std::io::Error::from(std::io::ErrorKind::NotConnected).into()),
     }
 }
 

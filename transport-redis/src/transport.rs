@@ -20,7 +20,9 @@ use crate::config::RedisConfig;
 use crate::connection::{self, Connector, Link};
 use crate::inbox::RedisInbox;
 use crate::lease::{Leases, LeasesGuard};
-use crate::naming::InboxKeys;
+use crate::lobby::{self, Lobby};
+use crate::monitor::{self, Monitor};
+use crate::naming::{InboxKeys, Process};
 use crate::sender::Sender;
 use crate::settle_batch;
 use crate::subscription::RedisSubscription;
@@ -45,7 +47,10 @@ pub(crate) struct Shared {
     pub(crate) clock: Arc<Clock>,
     pub(crate) sender: Arc<Sender>,
     pub(crate) completer: Arc<Completer>,
+    pub(crate) process: Process,
     pub(crate) leases: Arc<Leases>,
+    pub(crate) lobby: Lobby,
+    pub(crate) monitor: Monitor,
     /// The tasks of inboxes and subscriptions, and the sender.
     pub(crate) workers: TaskTracker,
     /// Cancelled at close or drop.
@@ -81,6 +86,7 @@ impl RedisTransport {
                 Err(Error::not_executed(ErrorKind::Connect, message))
             })?;
         let (relink, link) = connection::link(live.clone());
+        let process = Process::default();
         let shared = Arc::new(Shared {
             config: Arc::new(config),
             connector,
@@ -88,7 +94,10 @@ impl RedisTransport {
             clock,
             sender: Arc::default(),
             completer: Arc::default(),
-            leases: Arc::default(),
+            leases: Arc::new(Leases::new(process.sign_of_life())),
+            process,
+            lobby: Lobby::default(),
+            monitor: Monitor::default(),
             workers: TaskTracker::new(),
             ending: CancellationToken::new(),
             ended: CancellationToken::new(),
@@ -112,6 +121,8 @@ impl RedisTransport {
             Arc::clone(config),
             ending.clone(),
         ));
+        workers.spawn(lobby::run(Arc::clone(&shared)));
+        workers.spawn(monitor::run(Arc::clone(&shared)));
         let settling_ends = CancellationToken::new();
         let settling =
             Arc::clone(completer).run(link.clone(), Arc::clone(config), settling_ends.clone());
@@ -149,10 +160,11 @@ async fn end(
     for session in leases.0.sessions() {
         pipeline.add_command(settle_batch::leave(&session));
     }
+    // Last: what could not be taken off the registries is taken for dead from now on.
+    let last_signs = [shared.process.sign_of_life(), shared.process.bell()];
+    pipeline.cmd("UNLINK").arg(&last_signs);
     drop(leases);
-    if !pipeline.is_empty() {
-        let _ = timeout(CLOSE_STEP, shared.link.try_execute(&pipeline)).await;
-    }
+    let _ = timeout(CLOSE_STEP, shared.link.try_execute(&pipeline)).await;
     shared.ended.cancel();
 }
 

@@ -336,7 +336,7 @@ async fn a_server_that_lost_its_lease_cannot_reply() {
     // As after a pause longer than its lease: a monitor returned what it held.
     let mut plain = broker.plain().await;
     let key = |suffix: &str| format!("{{{service}}}:{suffix}");
-    let sessions: Vec<String> = plain.zrange(key("s"), 0, -1).await.unwrap();
+    let sessions: Vec<String> = plain.smembers(key("s")).await.unwrap();
     // Found before it is ended: what it held goes to the other one at once.
     let mut holders = Vec::new();
     for session in sessions {
@@ -350,13 +350,16 @@ async fn a_server_that_lost_its_lease_cannot_reply() {
     };
     let script = Script::new(include_str!("../src/lua/reclaim.lua"));
     let mut reclaim = script.prepare_invoke();
+    let process = session.split('.').next().unwrap();
     for key in [
         key("s"),
         key("l"),
+        key("h"),
         key("x"),
         held_key.clone(),
         key("r"),
         key("bell"),
+        format!("{{{process}}}:alive"),
     ] {
         reclaim.key(key);
     }
@@ -407,12 +410,15 @@ async fn the_work_of_a_dead_server_comes_back_after_its_lease() {
     let key = |suffix: &str| format!("{{{service}}}:{suffix}");
     let join = Script::new(include_str!("../src/lua/join.lua"));
     let mut join = join.prepare_invoke();
+    let dead = format!("{service}-dead");
     join.key(key("s")).key(key("l")).key(key("x"));
-    join.arg("dead")
+    join.key(format!("{{{dead}}}:alive"));
+    join.arg(&dead)
         .arg("shared")
-        .arg(LEASE.as_millis() as u64)
         .arg("")
-        .arg(60_000);
+        .arg(60_000)
+        .arg(LEASE.as_millis() as u64)
+        .arg("1");
     let _: i64 = join.invoke_async(&mut plain).await.unwrap();
     let claim = Script::new(include_str!("../src/lua/claim.lua"));
     let mut claim = claim.prepare_invoke();
@@ -420,14 +426,16 @@ async fn the_work_of_a_dead_server_comes_back_after_its_lease() {
         .key(key("l"))
         .key(key("q"))
         .key(key("r"))
-        .key(key("p:dead"))
-        .key(key("bell"));
+        .key(key(&format!("p:{dead}")))
+        .key(key("bell"))
+        .key(key("h"));
     let taken: Vec<redis::Value> = claim
-        .arg("dead")
+        .arg(&dead)
         .arg(2)
         .arg(0)
         .arg(1)
         .arg(60_000)
+        .arg(1)
         .invoke_async(&mut plain)
         .await
         .unwrap();

@@ -283,6 +283,149 @@ async fn the_body_of_a_dead_letter_goes_with_it() {
     }
 }
 
+/// The key by which the only process that serves shows that it lives.
+async fn only_sign_of_life(plain: &mut redis::aio::MultiplexedConnection) -> String {
+    let mut signs: Vec<String> = plain.keys("*:alive").await.unwrap();
+    assert_eq!(signs.len(), 1, "{signs:?}");
+    signs.remove(0)
+}
+
+#[tokio::test]
+async fn a_process_that_was_taken_for_dead_is_there_again_unless_somebody_acted_on_it() {
+    let Some(broker) = Broker::private(&[]).await else {
+        return;
+    };
+    let (server, client) = (connect(&broker, LEASE).await, connect(&broker, LEASE).await);
+    let (kept, ended) = (fresh_service(), fresh_service());
+    let mut hears = server.open_inbox().await.unwrap();
+    let mut subscriptions = Vec::new();
+    for service in [&kept, &ended] {
+        hears.join(service).await.unwrap();
+        let options = SubscribeOptions::exclusive(1);
+        subscriptions.push(server.subscribe(service, options).await.unwrap());
+    }
+    let mut plain = broker.plain().await;
+    let sign = only_sign_of_life(&mut plain).await;
+    // Past the first renewals.
+    within("steady", async {
+        while plain.get::<_, String>(&sign).await.unwrap() != "1" {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+    tokio::time::sleep(LEASE).await;
+    // It hung for long enough: one was told so, another one has lost a session.
+    let _: () = plain.del(&sign).await.unwrap();
+    let word = request(&hears.address(), BUDGET, "unheard");
+    let reached = within("a broadcast", client.broadcast(&kept, word)).await;
+    assert_eq!(reached.unwrap(), Some(0));
+    let sessions = format!("{{{ended}}}:s");
+    let _: () = plain.del(&sessions).await.unwrap();
+    within("the session is replaced", async {
+        while !plain.exists::<_, bool>(&sessions).await.unwrap() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+    let number: u64 = plain.hget(format!("{{{kept}}}:x"), "number").await.unwrap();
+    assert_eq!(number, 1, "the other one kept its session");
+    within("it is heard again", async {
+        loop {
+            let word = request(&hears.address(), Duration::from_secs(1), "heard");
+            if client.broadcast(&kept, word).await.unwrap() == Some(1) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    })
+    .await;
+    let asked = request(&hears.address(), BUDGET, "x");
+    send(&client, &ended, asked).await.unwrap();
+    let next = delivery(&mut *subscriptions[1]).await;
+    within("done", next.reply(None)).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_process_that_is_gone_serves_nothing_and_hears_nothing_after_its_lease() {
+    let Some(broker) = Broker::private(&[]).await else {
+        return;
+    };
+    let client = connect(&broker, LEASE).await;
+    let inbox = client.open_inbox().await.unwrap();
+    let service = fresh_service();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .unwrap();
+    let (config, name) = (
+        {
+            let mut config = broker.config();
+            config.lease = LEASE;
+            config
+        },
+        service.clone(),
+    );
+    let opening = runtime.spawn(async move {
+        let server = RedisTransport::connect(config).await.unwrap();
+        let mut inbox = server.open_inbox().await.unwrap();
+        inbox.join(&name).await.unwrap();
+        let options = SubscribeOptions::shared(1);
+        let subscription = server.subscribe(&name, options).await.unwrap();
+        (server, inbox, subscription)
+    });
+    let abandoned = within("serving", opening).await.unwrap();
+    let ask = || async {
+        let (service, ticket) = (service.clone(), Ticket::new());
+        let request = request(&inbox.address(), BUDGET, "x");
+        client
+            .send(Outbound::Request {
+                service,
+                request,
+                expect_responder: true,
+                ticket,
+            })
+            .await
+    };
+    let say = || client.broadcast(&service, request(&inbox.address(), BUDGET, "word"));
+    within("served", ask()).await.unwrap();
+    assert_eq!(within("heard", say()).await.unwrap(), Some(1));
+    runtime.shutdown_background();
+    let gone = Instant::now();
+    within("nobody hears it", async {
+        while say().await.unwrap() == Some(1) {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+    assert!(gone.elapsed() < LEASE + Duration::from_secs(1));
+    let error = within("nobody serves", ask()).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NoResponder);
+    drop(abandoned);
+}
+
+#[tokio::test]
+async fn idle_sessions_of_the_dead_are_cleared_away() {
+    let Some(broker) = Broker::private(&[]).await else {
+        return;
+    };
+    let server = connect(&broker, LEASE).await;
+    let service = fresh_service();
+    let mut plain = broker.plain().await;
+    let sessions = format!("{{{service}}}:s");
+    let _: () = plain.sadd(&sessions, &["gone.1", "gone.2"]).await.unwrap();
+    let _subscription = server
+        .subscribe(&service, SubscribeOptions::shared(1))
+        .await
+        .unwrap();
+    within("one session is left", async {
+        while plain.scard::<_, usize>(&sessions).await.unwrap() != 1 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn an_owner_that_lives_keeps_its_number_and_a_dead_one_leaves_none() {
     let Some(broker) = Broker::private(&[]).await else {

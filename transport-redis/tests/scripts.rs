@@ -17,8 +17,15 @@ const JOIN: &str = include_str!("../src/lua/join.lua");
 const QUIT: &str = include_str!("../src/lua/quit.lua");
 const RECLAIM: &str = include_str!("../src/lua/reclaim.lua");
 const ACK: &str = include_str!("../src/lua/ack.lua");
+const ATTEND: &str = include_str!("../src/lua/attend.lua");
 
 const TTL: u64 = 60_000;
+
+/// The key that shows that a session's process lives.
+fn alive(session: &str) -> String {
+    let process = session.split('.').next().unwrap_or_default();
+    format!("{{{process}}}:alive")
+}
 
 /// A small generator of numbers, so that a failure can be repeated from its seed.
 struct Random(u64);
@@ -58,6 +65,20 @@ impl Model {
         "{model}:i".to_owned() + &self.tag
     }
 
+    /// What is needed to end a session.
+    fn end_keys(&self, name: &str) -> [String; 8] {
+        [
+            self.key("s"),
+            self.key("l"),
+            self.key("h"),
+            self.key("x"),
+            self.key(&format!("p:{name}")),
+            self.key("r"),
+            self.key("bell"),
+            alive(name),
+        ]
+    }
+
     async fn script(&mut self, source: &str, keys: &[String], arguments: &[String]) -> Value {
         let script = Script::new(source);
         let mut invocation = script.prepare_invoke();
@@ -72,8 +93,8 @@ impl Model {
 
     async fn join(&mut self) {
         let name = uuid::Uuid::new_v4().simple().to_string();
-        let keys = [self.key("s"), self.key("l"), self.key("x")];
-        let arguments = [&name, "shared", "600000", "", "60000"].map(str::to_owned);
+        let keys = [self.key("s"), self.key("l"), self.key("x"), alive(&name)];
+        let arguments = [&name, "shared", "", "60000", "600000", "1"].map(str::to_owned);
         assert_eq!(self.script(JOIN, &keys, &arguments).await, Value::Int(0));
         self.sessions.push(Held {
             name,
@@ -81,6 +102,12 @@ impl Model {
             tokens: Vec::new(),
             ended: false,
         });
+    }
+
+    async fn ask(&mut self, name: &str, mode: &str, follows: &str) -> Value {
+        let keys = [self.key("s"), self.key("l"), self.key("x"), alive(name)];
+        let arguments = [name, mode, follows, "60000", "600000", "0"].map(str::to_owned);
+        self.script(JOIN, &keys, &arguments).await
     }
 
     async fn push(&mut self) {
@@ -101,7 +128,9 @@ impl Model {
             self.key("r"),
             self.key(&format!("p:{name}")),
             self.key("bell"),
+            self.key("h"),
         ];
+        let known = u8::from(!self.sessions[at].tokens.is_empty());
         let mode = self.random.below(3);
         let arguments = [
             name,
@@ -109,6 +138,7 @@ impl Model {
             next.to_string(),
             mode.to_string(),
             TTL.to_string(),
+            (1 - known).to_string(),
         ];
         match self.script(CLAIM, &keys, &arguments).await {
             Value::Int(-1) => assert!(ended, "a live session was refused"),
@@ -213,14 +243,7 @@ impl Model {
     /// Ends a session as two monitors at once would, when its lease is over.
     async fn reclaim(&mut self, at: usize) {
         let name = self.sessions[at].name.clone();
-        let keys = [
-            self.key("s"),
-            self.key("l"),
-            self.key("x"),
-            self.key(&format!("p:{name}")),
-            self.key("r"),
-            self.key("bell"),
-        ];
+        let keys = self.end_keys(&name);
         let arguments = [
             name.clone(),
             "0".to_owned(),
@@ -228,9 +251,9 @@ impl Model {
             TTL.to_string(),
         ];
         let before = self.script(RECLAIM, &keys, &arguments).await;
-        assert_eq!(before, Value::Int(-1), "a lease that stands was ended");
+        assert_eq!(before, Value::Int(-1), "a session that lives was ended");
         if !self.sessions[at].ended {
-            let _: () = self.redis.zadd(self.key("s"), &name, 1).await.unwrap();
+            let _: () = self.redis.del(alive(&name)).await.unwrap();
             let Value::Int(count) = self.script(RECLAIM, &keys, &arguments).await else {
                 panic!()
             };
@@ -246,8 +269,9 @@ impl Model {
         }
     }
 
-    /// Every request that was pushed is in exactly one place.
+    /// Every request that was pushed is in exactly one place, and whoever holds one is known for it.
     async fn check(&mut self) {
+        let holding: Vec<String> = self.redis.smembers(self.key("h")).await.unwrap();
         let mut places: HashMap<String, usize> = HashMap::new();
         let queue: Vec<String> = self.redis.lrange(self.key("q"), 0, -1).await.unwrap();
         let returned: Vec<String> = self.redis.lrange(self.key("r"), 0, -1).await.unwrap();
@@ -264,6 +288,7 @@ impl Model {
                 .await
                 .unwrap();
             assert!(!self.sessions[at].ended || held.is_empty());
+            assert!(held.is_empty() || holding.contains(name));
             assert!(
                 held.keys()
                     .all(|token| self.sessions[at].tokens.contains(token))
@@ -407,59 +432,67 @@ async fn an_owner_and_others_exclude_each_other() {
         pushed: 0,
         random: Random(1),
     };
-    let keys = [model.key("s"), model.key("l"), model.key("x")];
-    let ask = |name: &str, mode: &str, follows: &str| {
-        [name, mode, "600000", follows, "60000"].map(str::to_owned)
-    };
+    let service = fresh_service();
+    let session = |name: &str| format!("{service}-{name}.1");
     assert_eq!(
-        model.script(JOIN, &keys, &ask("a", "exclusive", "")).await,
+        model.ask(&session("a"), "exclusive", "").await,
         Value::Int(1)
     );
     assert_eq!(
-        model.script(JOIN, &keys, &ask("b", "exclusive", "")).await,
+        model.ask(&session("b"), "exclusive", "").await,
         Value::Int(-1)
     );
-    assert_eq!(
-        model.script(JOIN, &keys, &ask("b", "shared", "")).await,
-        Value::Int(-1)
-    );
+    assert_eq!(model.ask(&session("b"), "shared", "").await, Value::Int(-1));
     // Its own successor is let in; the number grows.
+    let successor = format!("{service}-a.2");
+    let answer = model.ask(&successor, "exclusive", &session("a")).await;
+    assert_eq!(answer, Value::Int(2));
+    // One whose process is gone is not passed by: what it held must be returned first.
+    let _: () = model.redis.del(alive(&successor)).await.unwrap();
+    let over = Value::Array(vec![Value::BulkString(successor.clone().into_bytes())]);
+    assert_eq!(model.ask(&session("b"), "shared", "").await, over);
+    let keys = model.end_keys(&successor);
+    let end = [&successor, "0", "60000", "60000"].map(str::to_owned);
+    assert_eq!(model.script(RECLAIM, &keys, &end).await, Value::Int(0));
+    assert_eq!(model.ask(&session("b"), "shared", "").await, Value::Int(0));
+    assert_eq!(model.ask(&session("c"), "shared", "").await, Value::Int(0));
     assert_eq!(
-        model
-            .script(JOIN, &keys, &ask("a2", "exclusive", "a"))
-            .await,
-        Value::Int(2)
-    );
-    // A lease that is over is not passed by: what it held must be returned first.
-    let _: () = model.redis.zadd(&keys[0], "a", 1).await.unwrap();
-    let _: () = model.redis.zadd(&keys[0], "a2", 1).await.unwrap();
-    let over = Value::Array(vec![Value::BulkString(b"a2".to_vec())]);
-    assert_eq!(
-        model.script(JOIN, &keys, &ask("b", "shared", "")).await,
-        over
-    );
-    let held = [
-        keys[0].clone(),
-        keys[1].clone(),
-        keys[2].clone(),
-        model.key("p:a2"),
-        model.key("r"),
-        model.key("bell"),
-    ];
-    let end = ["a2", "0", "60000", "60000"].map(str::to_owned);
-    assert_eq!(model.script(RECLAIM, &held, &end).await, Value::Int(0));
-    assert_eq!(
-        model.script(JOIN, &keys, &ask("b", "shared", "")).await,
-        Value::Int(0)
-    );
-    assert_eq!(
-        model.script(JOIN, &keys, &ask("c", "shared", "")).await,
-        Value::Int(0)
-    );
-    assert_eq!(
-        model.script(JOIN, &keys, &ask("d", "exclusive", "")).await,
+        model.ask(&session("d"), "exclusive", "").await,
         Value::Int(-1)
     );
+}
+
+#[tokio::test]
+async fn a_process_that_was_gone_is_told_when_it_signs_again() {
+    let Some(broker) = Broker::any().await else {
+        return;
+    };
+    let tag = format!("{{{}}}", fresh_service());
+    let redis = broker.plain().await;
+    let mut model = Model {
+        redis,
+        tag,
+        sessions: Vec::new(),
+        pushed: 0,
+        random: Random(1),
+    };
+    let name = format!("{}.1", fresh_service());
+    let sign = alive(&name);
+    assert_eq!(model.ask(&name, "shared", "").await, Value::Int(0));
+    assert_eq!(model.redis.get::<_, String>(&sign).await.unwrap(), "0");
+    // One that stands is prolonged, and says what it said.
+    let _: () = model.redis.set_ex(&sign, "1", 1).await.unwrap();
+    assert_eq!(model.ask(&name, "shared", "").await, Value::Int(0));
+    assert_eq!(model.redis.get::<_, String>(&sign).await.unwrap(), "1");
+    assert!(model.redis.pttl::<_, i64>(&sign).await.unwrap() > 1000);
+    let audience = model.key("a");
+    let attend = ["{x}:i", "60000", "600000", "0"].map(str::to_owned);
+    let _: () = model.redis.del(&sign).await.unwrap();
+    let answer = model
+        .script(ATTEND, &[audience, sign.clone()], &attend)
+        .await;
+    assert_eq!(answer, Value::Int(1));
+    assert_eq!(model.redis.get::<_, String>(&sign).await.unwrap(), "0");
 }
 
 #[tokio::test]
@@ -479,8 +512,9 @@ async fn an_owner_that_asks_again_keeps_its_number() {
             for suffix in ["s", "l", "x"] {
                 invocation.key(format!("{{{service}}}:{suffix}"));
             }
-            invocation.arg(name).arg("exclusive").arg(600_000);
-            invocation.arg(follows).arg(TTL);
+            invocation.key(alive(name));
+            invocation.arg(name).arg("exclusive").arg(follows);
+            invocation.arg(TTL).arg(600_000).arg("1");
             invocation.invoke_async::<i64>(&mut redis).await.unwrap()
         }
     };
@@ -495,7 +529,9 @@ async fn an_owner_that_asks_again_keeps_its_number() {
         .del(
             ["s", "l", "x"]
                 .map(|suffix| format!("{{{service}}}:{suffix}"))
-                .to_vec(),
+                .into_iter()
+                .chain([alive("one"), alive("two")])
+                .collect::<Vec<_>>(),
         )
         .await
         .unwrap();

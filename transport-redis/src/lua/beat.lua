@@ -1,16 +1,9 @@
 #!lua flags=allow-oom
--- Renews a session's lease.
--- KEYS sessions, live, held, owner
--- ARGV session, lease ms, ttl
+-- Sees to it that what a session is registered in does not grow old.
+-- KEYS sessions, live, holding, held, owner
+-- ARGV session, ttl
 -- Gives 1, or 0 if the session is no longer registered
-if not redis.call('ZSCORE', KEYS[1], ARGV[1]) then return 0 end
-local time = redis.call('TIME')
-local lease = time[1] * 1000 + math.floor(time[2] / 1000) + tonumber(ARGV[2])
-for index = 1, 2 do
-  redis.call('ZADD', KEYS[index], 'XX', lease, ARGV[1])
-  redis.call('PEXPIRE', KEYS[index], ARGV[3])
-end
-redis.call('PEXPIRE', KEYS[3], ARGV[3])
--- Where nobody owns the service it is the fencing number of the last one, which must not grow old while others serve.
-redis.call('PEXPIRE', KEYS[4], ARGV[3])
+if redis.call('SISMEMBER', KEYS[1], ARGV[1]) == 0 then return 0 end
+-- Where nobody owns the service the last one is the fencing number, which must not grow old while others serve.
+for _, key in ipairs(KEYS) do redis.call('PEXPIRE', key, ARGV[2]) end
 return 1

@@ -3,7 +3,7 @@
 -- KEYS live, held, queue, returned, bell
 -- ARGV session, ttl of the bell
 -- Gives the tokens that it holds
-redis.call('ZREM', KEYS[1], ARGV[1])
+redis.call('SREM', KEYS[1], ARGV[1])
 if redis.call('EXISTS', KEYS[3], KEYS[4]) > 0 and redis.call('ZADD', KEYS[5], 0, '1') == 1 then
   redis.call('PEXPIRE', KEYS[5], ARGV[2])
 end

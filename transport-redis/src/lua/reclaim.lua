@@ -1,31 +1,26 @@
 #!lua flags=allow-oom
--- Ends a session whose lease is over, or that asks for it, and returns what it held with the attempt counted.
--- KEYS sessions, live, owner, held, returned, bell
--- ARGV session, 1 to end it whatever its lease, ttl of returned work, ttl of the fencing number
+-- Ends a session whose process is gone, or that asks for it, and returns what it held with the attempt counted.
+-- KEYS sessions, live, holding, owner, held, returned, bell, sign of life of its process
+-- ARGV session, 1 to end it whether its process lives or not, ttl of returned work, ttl of the fencing number
 -- Gives how many requests were returned, or -1 if the session is alive or gone
-local lease = redis.call('ZSCORE', KEYS[1], ARGV[1])
-if not lease then return -1 end
-if ARGV[2] ~= '1' then
-  local time = redis.call('TIME')
-  if tonumber(lease) > time[1] * 1000 + math.floor(time[2] / 1000) then return -1 end
-end
-local entries, work = redis.call('HGETALL', KEYS[4]), {}
+if redis.call('SISMEMBER', KEYS[1], ARGV[1]) == 0 then return -1 end
+if ARGV[2] ~= '1' and redis.call('EXISTS', KEYS[8]) == 1 then return -1 end
+local entries, work = redis.call('HGETALL', KEYS[5]), {}
 for index = 1, #entries, 2 do
   local token, attempt = string.match(entries[index], '^(%d+)%.?(%d*)$')
   work[#work + 1] = {tonumber(token) or 0, (tonumber(attempt) or 1) + 1, entries[index + 1]}
 end
 table.sort(work, function(left, right) return left[1] < right[1] end)
-for _, entry in ipairs(work) do redis.call('RPUSH', KEYS[5], entry[2], entry[3]) end
+for _, entry in ipairs(work) do redis.call('RPUSH', KEYS[6], entry[2], entry[3]) end
 if #work > 0 then
-  redis.call('PEXPIRE', KEYS[5], ARGV[3], 'NX')
-  redis.call('PEXPIRE', KEYS[5], ARGV[3], 'GT')
-  if redis.call('ZADD', KEYS[6], 0, '1') == 1 then redis.call('PEXPIRE', KEYS[6], ARGV[3]) end
+  redis.call('PEXPIRE', KEYS[6], ARGV[3], 'NX')
+  redis.call('PEXPIRE', KEYS[6], ARGV[3], 'GT')
+  if redis.call('ZADD', KEYS[7], 0, '1') == 1 then redis.call('PEXPIRE', KEYS[7], ARGV[3]) end
 end
-redis.call('DEL', KEYS[4])
-redis.call('ZREM', KEYS[1], ARGV[1])
-redis.call('ZREM', KEYS[2], ARGV[1])
-if redis.call('HGET', KEYS[3], 'session') == ARGV[1] then
-  redis.call('HDEL', KEYS[3], 'session')
-  redis.call('PEXPIRE', KEYS[3], ARGV[4])
+redis.call('DEL', KEYS[5])
+for index = 1, 3 do redis.call('SREM', KEYS[index], ARGV[1]) end
+if redis.call('HGET', KEYS[4], 'session') == ARGV[1] then
+  redis.call('HDEL', KEYS[4], 'session')
+  redis.call('PEXPIRE', KEYS[4], ARGV[4])
 end
 return #work

@@ -5,9 +5,12 @@
 -- Gives 1 queued, 0 nobody serves, -1 the body is not there
 if KEYS[4] and redis.call('EXISTS', KEYS[4]) == 0 then return -1 end
 if ARGV[2] == '1' then
-  local time = redis.call('TIME')
-  local now = time[1] * 1000 + math.floor(time[2] / 1000)
-  if redis.call('ZCOUNT', KEYS[3], '(' .. now, '+inf') == 0 then
+  local served = false
+  for _, session in ipairs(redis.call('SMEMBERS', KEYS[3])) do
+    served = redis.call('EXISTS', '{' .. string.match(session, '^[^.]*') .. '}:alive') == 1
+    if served then break end
+  end
+  if not served then
     if KEYS[4] then redis.call('UNLINK', KEYS[4]) end
     return 0
   end

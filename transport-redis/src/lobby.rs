@@ -1,0 +1,271 @@
+//! Where subscriptions without much to do wait together, on one connection.
+//!
+//! It waits for all their bells at once. Whoever is rung for claims over the shared connection, which is one trip more than a
+//! connection of its own takes. A bell that nobody here waits for any more is rung again, for others.
+
+use std::mem;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use futures_util::FutureExt;
+use redis::{Cmd, Pipeline, RedisResult, Value};
+use tokio::sync::Notify;
+use tokio::time::{Instant, sleep};
+
+use crate::completer::millis;
+use crate::connection::{Backoff, Live};
+use crate::naming::ServiceKeys;
+use crate::transport::Shared;
+use crate::{GHOST, QUEUE_TTL, error, scripts};
+
+/// How long one wait is. Shorter than on a connection of its own, since it is for many: so long a lost connection may go on to
+/// wait at the broker and take a ring, and so long work waits of which nobody told.
+const WAIT: Duration = Duration::from_secs(2);
+
+/// A socket that takes longer to answer is given up.
+const ANSWER: Duration = Duration::from_secs(4);
+
+/// The waiting subscriptions of a transport.
+#[derive(Debug, Default)]
+pub(crate) struct Lobby {
+    state: Mutex<State>,
+    changed: Notify,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    waiting: Vec<Arc<Waiting>>,
+    /// Bells to be rung again.
+    for_others: Vec<String>,
+}
+
+#[derive(Debug)]
+struct Waiting {
+    keys: Arc<ServiceKeys>,
+    /// Keeps one ring, if nobody listens at the moment.
+    rung: Notify,
+}
+
+/// A place in the lobby, held until it is dropped. To be held only while there is a free slot: what is rung here, nobody else
+/// hears.
+pub(crate) struct Seat {
+    shared: Arc<Shared>,
+    waiting: Arc<Waiting>,
+}
+
+impl Seat {
+    pub(crate) fn new(shared: &Arc<Shared>, keys: &Arc<ServiceKeys>) -> Self {
+        let waiting = Arc::new(Waiting {
+            keys: Arc::clone(keys),
+            rung: Notify::new(),
+        });
+        shared.lobby.lock().waiting.push(Arc::clone(&waiting));
+        shared.lobby.changed.notify_one();
+        Self {
+            shared: Arc::clone(shared),
+            waiting,
+        }
+    }
+
+    /// Waits for the bell, or for work of which nobody told.
+    pub(crate) async fn rung(&self) {
+        self.waiting.rung.notified().await;
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        let lobby = &self.shared.lobby;
+        let mut state = lobby.lock();
+        state
+            .waiting
+            .retain(|waiting| !Arc::ptr_eq(waiting, &self.waiting));
+        // Under the lock, so that it is rung before this or not at all.
+        if self.waiting.rung.notified().now_or_never().is_some() {
+            state.for_others.push(self.waiting.keys.bell.clone());
+            lobby.changed.notify_one();
+        }
+    }
+}
+
+impl Lobby {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn waiting(&self) -> Vec<Arc<ServiceKeys>> {
+        let state = self.lock();
+        let mut waiting: Vec<_> = state
+            .waiting
+            .iter()
+            .map(|one| Arc::clone(&one.keys))
+            .collect();
+        drop(state);
+        waiting.sort_by(|one, other| one.bell.cmp(&other.bell));
+        waiting.dedup_by(|one, other| one.bell == other.bell);
+        waiting
+    }
+
+    /// True if somebody waits for a bell that is none of these, or one is to be rung again.
+    fn has_more_than(&self, bells: &[Arc<ServiceKeys>]) -> bool {
+        let state = self.lock();
+        let known = |waiting: &Arc<Waiting>| {
+            let by_bell = |keys: &Arc<ServiceKeys>| keys.bell.cmp(&waiting.keys.bell);
+            bells.binary_search_by(by_bell).is_ok()
+        };
+        !state.for_others.is_empty() || !state.waiting.iter().all(known)
+    }
+
+    fn is_empty(&self) -> bool {
+        let state = self.lock();
+        state.waiting.is_empty() && state.for_others.is_empty()
+    }
+
+    /// Tells one of those who wait for this bell, each in turn.
+    fn ring(&self, bell: &str) {
+        let mut state = self.lock();
+        match state.waiting.iter().position(|one| one.keys.bell == bell) {
+            Some(at) => {
+                let waiting = state.waiting.remove(at);
+                waiting.rung.notify_one();
+                state.waiting.push(waiting);
+            }
+            None => state.for_others.push(bell.to_owned()),
+        }
+    }
+}
+
+/// Waits for bells until the end of the transport.
+pub(crate) async fn run(shared: Arc<Shared>) {
+    let waiting = async {
+        let mut backoff = Backoff::default();
+        let mut ghost_until = Instant::now();
+        loop {
+            while shared.lobby.is_empty() {
+                shared.lobby.changed.notified().await;
+            }
+            let opening = shared.connector.open_patiently(ANSWER, &shared.ending);
+            let Some(live) = opening.await else { return };
+            let since = Instant::now();
+            if let Err(error) = wait(&shared, live, ghost_until).await {
+                tracing::debug!(%error, "bells are waited for again");
+            }
+            // The lost connection may still wait at the broker, and take one ring.
+            ghost_until = Instant::now() + ANSWER;
+            if since.elapsed() > Duration::from_secs(1) {
+                backoff = Backoff::default();
+            }
+            backoff.pause().await;
+        }
+    };
+    shared.ending.run_until_cancelled(waiting).await;
+}
+
+/// Waits on this connection; fails when it does.
+async fn wait(shared: &Shared, mut live: Live, ghost_until: Instant) -> RedisResult<()> {
+    let lobby = &shared.lobby;
+    let own = shared.process.bell();
+    // An answer may have been lost with the connection before.
+    let mut look = true;
+    loop {
+        let bells = lobby.waiting();
+        let for_others = mem::take(&mut lobby.lock().for_others);
+        if bells.is_empty() && for_others.is_empty() {
+            tokio::select! {
+                () = lobby.changed.notified() => continue,
+                () = live.broken.cancelled() => return Ok(()),
+            }
+        }
+        if mem::take(&mut look) {
+            wake_who_has_work(lobby, &mut live, &bells).await?;
+        }
+        let mut pipeline = Pipeline::new();
+        for bell in &for_others {
+            pipeline.add_command(ring(bell, QUEUE_TTL));
+        }
+        let block = if Instant::now() < ghost_until {
+            WAIT / 4
+        } else {
+            WAIT
+        };
+        let wait = pipeline.cmd("BZPOPMIN").arg(&own);
+        for keys in &bells {
+            wait.arg(&keys.bell);
+        }
+        wait.arg(block.as_secs_f64());
+        let answers = answers(shared, &mut live, &pipeline, &bells).await?;
+        if let Some(error) = error::first_refusal(&answers) {
+            return Err(error.clone().into());
+        }
+        match answers.last() {
+            Some(Value::Array(popped)) => {
+                if let Some(Value::BulkString(bell)) = popped.first()
+                    && bell != own.as_bytes()
+                {
+                    lobby.ring(&String::from_utf8_lossy(bell));
+                }
+            }
+            // Nobody rang, which is no proof that there is nothing.
+            _ => look = true,
+        }
+    }
+}
+
+/// Runs a blocking pipeline, and interrupts it when there is somebody who waits for a bell that it does not wait for.
+async fn answers(
+    shared: &Shared,
+    live: &mut Live,
+    pipeline: &Pipeline,
+    bells: &[Arc<ServiceKeys>],
+) -> RedisResult<Vec<Value>> {
+    let mut answers = std::pin::pin!(live.execute(pipeline));
+    let interrupt = async {
+        while !shared.lobby.has_more_than(bells) {
+            shared.lobby.changed.notified().await;
+        }
+        let mut pipeline = Pipeline::new();
+        pipeline.add_command(ring(&shared.process.bell(), GHOST));
+        while shared.link.try_execute(&pipeline).await.is_none() {
+            sleep(Duration::from_millis(100)).await;
+        }
+    };
+    tokio::select! {
+        answers = &mut answers => return answers,
+        () = interrupt => {}
+    }
+    answers.await
+}
+
+fn ring(bell: &str, ttl: Duration) -> Cmd {
+    let mut command = scripts::RING.on(&[bell]);
+    command.arg(millis(ttl));
+    command
+}
+
+/// Wakes those whose service has work, whether anybody rang or not: a plain peer need not, and a ring may be lost.
+async fn wake_who_has_work(
+    lobby: &Lobby,
+    live: &mut Live,
+    services: &[Arc<ServiceKeys>],
+) -> RedisResult<()> {
+    if services.is_empty() {
+        return Ok(());
+    }
+    let mut all = redis::cmd("EXISTS");
+    let mut each = Pipeline::new();
+    for keys in services {
+        all.arg(&keys.queue).arg(&keys.returned);
+        each.cmd("EXISTS").arg(&keys.queue).arg(&keys.returned);
+    }
+    let mut pipeline = Pipeline::new();
+    pipeline.add_command(all);
+    if live.execute(&pipeline).await?.first() == Some(&Value::Int(0)) {
+        return Ok(());
+    }
+    for (keys, answer) in services.iter().zip(live.execute(&each).await?) {
+        if answer != Value::Int(0) {
+            lobby.ring(&keys.bell);
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,135 @@
+//! What an idle client and an idle server with many services cost.
+
+mod support;
+
+use std::time::Duration;
+
+use antiphon_core::Transport;
+use antiphon_core::transport::{Inbox, SubscribeOptions, Subscription, SubscriptionEvent};
+use redis::aio::MultiplexedConnection;
+
+use support::{Broker, deliveries, fresh_service, request, send, within};
+
+const SERVICES: usize = 100;
+const BUDGET: Duration = Duration::from_secs(20);
+const WATCHED: Duration = Duration::from_secs(6);
+
+/// What Redis says of itself under that name.
+async fn info(redis: &mut MultiplexedConnection, section: &str, name: &str) -> u64 {
+    let text: String = redis::cmd("INFO")
+        .arg(section)
+        .query_async(redis)
+        .await
+        .unwrap();
+    let value = text
+        .lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+    value.unwrap().trim().parse().unwrap()
+}
+
+/// Commands in the time that is watched, those of scripts included, without those of whoever looks.
+async fn commands(redis: &mut MultiplexedConnection) -> u64 {
+    let before = info(redis, "stats", "total_commands_processed").await;
+    tokio::time::sleep(WATCHED).await;
+    info(redis, "stats", "total_commands_processed").await - before - 1
+}
+
+#[tokio::test]
+async fn an_idle_server_of_many_services_costs_next_to_nothing() {
+    let Some(broker) = Broker::private(&[]).await else {
+        return;
+    };
+    let (server, client) = (broker.connect().await, broker.connect().await);
+    let services: Vec<_> = (0..SERVICES).map(|_| fresh_service()).collect();
+    let mut hears = server.open_inbox().await.unwrap();
+    let mut subscriptions = Vec::new();
+    for service in &services {
+        hears.join(service).await.unwrap();
+        let options = SubscribeOptions::shared(4);
+        subscriptions.push(server.subscribe(service, options).await.unwrap());
+    }
+    let inbox = client.open_inbox().await.unwrap();
+    let mut plain = broker.plain().await;
+    // Unused, and after each of them was used.
+    for round in 0..2 {
+        within("all is quiet", async {
+            while commands(&mut plain).await > 10 * WATCHED.as_secs() {
+                assert!(round > 0, "nothing was asked of it");
+            }
+        })
+        .await;
+        let connections = info(&mut plain, "clients", "connected_clients").await;
+        assert!(connections <= 8, "{connections} connections");
+        for (service, subscription) in services.iter().zip(&mut subscriptions) {
+            answer(&client, service, &*inbox, &mut **subscription).await;
+        }
+    }
+    // One that is busy has a connection of its own, until it is not.
+    for _ in 0..50 {
+        answer(&client, &services[7], &*inbox, &mut *subscriptions[7]).await;
+    }
+    drop(subscriptions);
+    within("close", server.close()).await;
+}
+
+async fn answer(
+    client: &antiphon_redis::RedisTransport,
+    service: &antiphon_core::ServiceName,
+    inbox: &dyn Inbox,
+    subscription: &mut dyn Subscription,
+) {
+    let asked = request(&inbox.address(), BUDGET, "x");
+    send(client, service, asked).await.unwrap();
+    for delivery in deliveries(subscription).await {
+        assert_eq!(delivery.attempt, 1);
+        within("done", delivery.reply(None)).await.unwrap();
+    }
+}
+
+/// A subscription without a free slot hears no bell, and one that ends hears none: nobody else would.
+#[tokio::test]
+async fn work_is_never_rung_for_in_vain() {
+    let Some(broker) = Broker::private(&[]).await else {
+        return;
+    };
+    let (one, two, client) = (
+        broker.connect().await,
+        broker.connect().await,
+        broker.connect().await,
+    );
+    let inbox = client.open_inbox().await.unwrap();
+    for round in 0..20 {
+        let service = fresh_service();
+        let options = SubscribeOptions::shared(1);
+        let mut full = one.subscribe(&service, options).await.unwrap();
+        let asked = request(&inbox.address(), BUDGET, "held");
+        send(&client, &service, asked).await.unwrap();
+        let held = deliveries(&mut *full).await;
+        let mut free = two.subscribe(&service, options).await.unwrap();
+        let mut ending = one.subscribe(&service, options).await.unwrap();
+        let asked = request(&inbox.address(), BUDGET, "next");
+        // At any moment of its end.
+        let stop = async {
+            tokio::time::sleep(Duration::from_micros(200 * round)).await;
+            ending.stop().await;
+        };
+        let ((), sent) = within("send", async {
+            tokio::join!(stop, send(&client, &service, asked))
+        })
+        .await;
+        sent.unwrap();
+        let since = std::time::Instant::now();
+        let next = deliveries(&mut *free).await;
+        assert_eq!(next[0].request.body, "next");
+        // A ring that nobody hears is made up for after 5 s.
+        assert!(
+            since.elapsed() < Duration::from_secs(2),
+            "{:?}",
+            since.elapsed()
+        );
+        for delivery in held.into_iter().chain(next) {
+            within("done", delivery.reply(None)).await.unwrap();
+        }
+        assert!(matches!(ending.recv().await, SubscriptionEvent::Closed(_)));
+    }
+}

@@ -19,7 +19,7 @@ use crate::gather::AskAll;
 use crate::given_up::GivenUp;
 use crate::listeners::Listeners;
 use crate::many::CallMany;
-use crate::name::{ContentType, ReplyAddress, ServiceName};
+use crate::name::{ReplyAddress, ServiceName};
 use crate::pending::{ClientStats, Ended, Pending};
 use crate::signal::Signal;
 use crate::transport::{Inbox, InboxEvent, Incoming, Transport};
@@ -150,7 +150,7 @@ impl Client {
             self.clone(),
             service,
             crate::codec::encode(input),
-            Some(ContentType::JSON),
+            Some(crate::name::ContentType::JSON),
         );
         AskAll::new(call, |reply| crate::codec::read(&reply.body))
     }

@@ -2,25 +2,24 @@
 //! is back.
 //!
 //! `cargo run --example clutch` cuts a connection of the memory transport. With a broker's URL as its argument it is yours to
-//! stop and start the broker, within a minute.
+//! stop and start the broker, within a minute. A path as its second argument, with the feature `disk-outbox`, keeps the reply in that
+//! file meanwhile: it survives the program, and the next run on the file has it.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use antiphon::memory::{MemoryConfig, MemoryTransport};
-use antiphon::{Connection, Engagement, Error, Fault, WhenDisengaged};
+use antiphon::{Connection, Engagement, Error, Fault, Server, WhenDisengaged};
 use tokio::time::sleep;
 
 #[tokio::main]
 async fn main() -> Result<(), Error> {
-    let url = std::env::args().nth(1);
-    let (memory, url) = match url {
-        Some(url) => (None, url),
-        None => {
-            let url = "memory://clutch".to_owned();
-            let transport = MemoryTransport::connect(MemoryConfig::from_url(&url)?).await?;
-            (Some(transport), url)
-        }
+    let mut arguments = std::env::args().skip(1);
+    let url = arguments.next();
+    let url = url.unwrap_or_else(|| "memory://clutch".to_owned());
+    let memory = match url.starts_with("memory://") {
+        true => Some(MemoryTransport::connect(MemoryConfig::from_url(&url)?).await?),
+        false => None,
     };
     let servers = match &memory {
         Some(transport) => Connection::new(Arc::new(transport.clone())),
@@ -30,8 +29,7 @@ async fn main() -> Result<(), Error> {
         Some(_) => Duration::from_millis(300),
         None => Duration::from_secs(20),
     };
-    let server = servers
-        .server()
+    let server = with_outbox(servers.server(), arguments.next())
         .when_disengaged(WhenDisengaged::GiveUpAfter(Duration::from_secs(60)))
         .handle("report", move |n: u32| async move {
             sleep(work).await;
@@ -77,4 +75,20 @@ async fn main() -> Result<(), Error> {
     servers.close().await;
     callers.close().await;
     Ok(())
+}
+
+#[cfg(feature = "disk-outbox")]
+fn with_outbox(server: Server, path: Option<String>) -> Server {
+    match path {
+        Some(path) => server.outbox_store(antiphon::DiskOutbox::new(path)),
+        None => server,
+    }
+}
+
+#[cfg(not(feature = "disk-outbox"))]
+fn with_outbox(server: Server, path: Option<String>) -> Server {
+    if let Some(path) = path {
+        println!("without the feature disk-outbox nothing is kept in {path}");
+    }
+    server
 }

@@ -15,9 +15,10 @@ pub use antiphon_core::{
     Answer, AskAll, Call, CallEvent, CallFuture, CallMany, ChannelOptions, Client, ClientConfig,
     ClientStats, Code, ConnectionState, ContentType, Context, CorrelationId, Deadline, Engagement,
     Error, ErrorKind, Executed, Failure, Fault, Gathered, Headers, IntoNode, IntoServiceName,
-    Method, Node, NodeInfo, NodeStats, Notify, Outcome, Outputs, RawHandler, Reply, ReplyAddress,
-    Request, Response, RunningServer, Server, ServerStats, ServiceName, Signal, Signals,
-    TaskResult, TaskResults, TaskSender, Ticket, Transport, WhenDisengaged, Workers,
+    KeptReply, Method, Node, NodeInfo, NodeStats, Notify, OutboxChange, OutboxKey, OutboxStore,
+    Outcome, Outputs, RawHandler, Reply, ReplyAddress, Request, Response, RunningServer, Server,
+    ServerStats, ServiceName, Signal, Signals, StoreWrite, TaskResult, TaskResults, TaskSender,
+    Ticket, Transport, WhenDisengaged, Workers,
 };
 pub use connection::{Connection, connect};
 
@@ -25,6 +26,8 @@ pub use connection::{Connection, connect};
 pub use antiphon_amqp as amqp;
 #[cfg(feature = "memory")]
 pub use antiphon_memory as memory;
+#[cfg(feature = "disk-outbox")]
+pub use antiphon_outbox::{DiskOutbox, OutboxError};
 #[cfg(feature = "redis")]
 pub use antiphon_redis as redis;
 

@@ -92,6 +92,11 @@ pub(crate) struct ServeArgs {
     /// Serve alone: have the server that does so hand over
     #[arg(long, group = "ownership")]
     pub(crate) take_over: bool,
+
+    /// Keep replies that cannot be sent in this file, where they survive the process
+    #[cfg(feature = "disk-outbox")]
+    #[arg(long, value_name = "PATH")]
+    pub(crate) outbox: Option<std::path::PathBuf>,
 }
 
 #[derive(Debug, Args)]

@@ -74,6 +74,10 @@ async fn start(
     } else if args.take_over {
         server = server.take_over();
     }
+    #[cfg(feature = "disk-outbox")]
+    if let Some(path) = &args.outbox {
+        server = server.outbox_store(antiphon::DiskOutbox::new(path));
+    }
     let running = server.start().await?;
     Ok((connection, running))
 }

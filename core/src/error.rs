@@ -72,6 +72,9 @@ pub enum ErrorKind {
     LostLease,
     /// Nobody serves the service.
     NoResponder,
+    /// The store of a server's outbox cannot be used: another process has it, it is damaged or not one, or its disk fails. The
+    /// source says which.
+    Outbox,
     /// A local limit (pending calls) or the broker's memory is exhausted. Nothing was sent.
     Overloaded,
     /// No server took the request within its pickup timeout, and none will.
@@ -104,6 +107,7 @@ impl ErrorKind {
             Self::Invalid => "invalid",
             Self::LostLease => "lost_lease",
             Self::NoResponder => "no_responder",
+            Self::Outbox => "outbox",
             Self::Overloaded => "overloaded",
             Self::PickupTimeout => "pickup_timeout",
             Self::Rejected => "rejected",

@@ -12,7 +12,7 @@ mod serving;
 pub use self::clutch::{Engagement, WhenDisengaged};
 pub use self::counters::ServerStats;
 pub(crate) use self::counters::{Counters, count};
-pub(crate) use self::outbox::Outbox;
+pub(crate) use self::outbox::{KeptTo, Outbox};
 pub(crate) use self::running::Running;
 pub use self::running_server::RunningServer;
 use self::serving::Serving;
@@ -41,6 +41,7 @@ use crate::config::{self, ClientConfig, Ownership, ServerConfig};
 use crate::error::{Error, ErrorKind};
 use crate::handler::{AnyHandler, Raw, RawHandler};
 use crate::name::{IntoNode, Method, Node, ServiceName};
+use crate::outbox_store::OutboxStore;
 use crate::service::Service;
 use crate::transport::Transport;
 
@@ -52,6 +53,7 @@ pub struct Server {
     transport: Arc<dyn Transport>,
     config: ServerConfig,
     node: Option<Node>,
+    outbox_store: Option<Arc<dyn OutboxStore>>,
     services: Result<BTreeMap<ServiceName, Handlers>, Error>,
 }
 
@@ -64,6 +66,7 @@ impl Server {
             transport,
             config: ServerConfig::default(),
             node: None,
+            outbox_store: None,
             services: Ok(BTreeMap::new()),
         }
     }
@@ -191,6 +194,13 @@ impl Server {
         self
     }
 
+    /// Where kept replies survive the end of this process, such as the crate `antiphon-outbox` on disk. A store belongs to one
+    /// server. Default: none; they are kept in memory.
+    pub fn outbox_store(mut self, store: impl OutboxStore) -> Self {
+        self.outbox_store = Some(Arc::new(store));
+        self
+    }
+
     /// How many servers may take the same request, dying with it, before it is dead-lettered. Default: 5. At least 1.
     pub fn max_deliveries(mut self, attempts: u32) -> Self {
         self.config.max_deliveries = attempts.max(1);
@@ -229,7 +239,7 @@ impl Server {
     ///
     /// # Errors
     /// `Invalid` for a bad name, a method that is handled twice, or no handler at all, before any I/O; `Connect` if the connection is
-    /// lost and not back within 10 s; `AlreadyOwned` and others as of [`Transport::subscribe`]. If one service fails, none is served.
+    /// lost and not back within 10 s; `Outbox` if its store cannot be used; `AlreadyOwned` and others as of [`Transport::subscribe`]. If one service fails, none is served.
     pub async fn start(self) -> Result<RunningServer, Error> {
         let mut services = self.services?;
         if services.is_empty() {
@@ -247,6 +257,12 @@ impl Server {
             services.extend(at_node);
         }
         let node = self.node.unwrap_or_else(Node::random);
+        let bounds = OutboxBounds {
+            replies: self.config.outbox_replies,
+            bytes: OUTBOX_BYTES,
+        };
+        let transport = Arc::clone(&self.transport);
+        let outbox = Outbox::open(transport, bounds, self.outbox_store).await?;
         let (words, heard) = mpsc::channel(desk::BACKLOG_MAX);
         let client = Client::open_at_desk(
             Arc::clone(&self.transport),
@@ -272,13 +288,6 @@ impl Server {
         let (stop, kill) = (CancellationToken::new(), CancellationToken::new());
         let counters = Arc::new(Counters::default());
         let running = Arc::new(Running::default());
-        let outbox = Outbox::new(
-            Arc::clone(&self.transport),
-            OutboxBounds {
-                replies: self.config.outbox_replies,
-                bytes: OUTBOX_BYTES,
-            },
-        );
         let (engagement, shown) = watch::channel(Engagement::Engaged);
         let (handlers_running, mut loops) = (TaskTracker::new(), JoinSet::new());
         let mut desk = Desk {

@@ -25,7 +25,7 @@ use crate::fault::{Code, Fault};
 use crate::handler::{AnyHandler, Failure, Response};
 use crate::name::{Method, Node, ReplyAddress, ServiceName};
 use crate::pending::Ended;
-use crate::server::{Counters, Outbox, Running, count};
+use crate::server::{Counters, KeptTo, Outbox, Running, count};
 use crate::signal::{Signal, Signals};
 use crate::transport::{Delivery, Outbound};
 
@@ -110,19 +110,25 @@ impl Service {
     /// Executes a request, unless it was delivered too often, is done already, or is not wanted any more.
     async fn examine(&self, delivery: Delivery) {
         let (id, reply_to) = (&delivery.request.id, delivery.request.reply_to.as_ref());
+        if delivery.attempt > 1 {
+            count(&self.counters.redelivered);
+        }
+        // It was finished when the broker was away.
+        if let (Some(reply), Some(to)) = (self.outbox.find(id, reply_to), reply_to) {
+            let (id, to) = (id.clone(), to.clone());
+            match self.settled(delivery.reply_shared(Some(reply))).await {
+                Some(Ok(())) => self.outbox.forget(&id, &to),
+                Some(Err(error)) => self.unsettled(&error),
+                None => {}
+            }
+            return;
+        }
         if delivery.attempt > self.config.max_deliveries {
             count(&self.counters.dead_lettered);
             let reason = format!("delivered {} times and never settled", delivery.attempt - 1);
             let fault = Fault::new(Code::Aborted, &reason);
             let reply = reply_to.map(|_| Reply::fault(id.clone(), fault, Executed::Maybe));
             return self.settle(delivery.dead_letter(reason, reply)).await;
-        }
-        if delivery.attempt > 1 {
-            count(&self.counters.redelivered);
-        }
-        // It was finished here when the broker was away.
-        if let Some(reply) = self.outbox.find(id, reply_to) {
-            return self.settle(delivery.reply_shared(Some(reply))).await;
         }
         match self.is_wanted(&delivery).await {
             Wanted::Yes => self.execute(delivery).await,
@@ -235,31 +241,74 @@ impl Service {
     /// Replies and settles. A reply that the connection was lost under is kept until it is back.
     async fn send_reply(&self, delivery: Delivery, reply: Arc<Reply>) {
         let expires = delivery.expires;
-        let kept = delivery
+        let unsent = delivery
             .request
             .reply_to
             .clone()
             .map(|to| (to, Arc::clone(&reply)));
-        let Some(Err(error)) = self.settled(delivery.reply_shared(Some(reply))).await else {
+        let settling = self.settled(delivery.reply_shared(Some(reply)));
+        let (settled, kept) = match &unsent {
+            Some(unsent) if self.outbox.is_durable() => {
+                Box::pin(self.settled_or_kept(settling, unsent, expires)).await
+            }
+            _ => (settling.await, false),
+        };
+        let Some(Err(error)) = settled else {
             return;
         };
-        let kept = kept.is_some_and(|(to, reply)| {
-            let expires = expires.unwrap_or_else(|| Instant::now() + self.config.default_timeout);
-            match error.kind() {
-                ErrorKind::ConnectionLost => self.outbox.keep(to, reply, expires),
-                // Not ours to send any more; but should the request come here again, it need not run again.
-                ErrorKind::LostLease => {
-                    self.outbox.remember(to, reply, expires);
-                    false
-                }
-                _ => false,
+        let kept = match (unsent, error.kind()) {
+            (Some(unsent), ErrorKind::ConnectionLost) => {
+                self.keep(unsent, expires, KeptTo::Send).await
             }
-        });
+            // Not ours to send any more; but should the request come here again, it need not run again.
+            (Some(unsent), ErrorKind::LostLease) if !kept => {
+                self.keep(unsent, expires, KeptTo::Answer).await;
+                false
+            }
+            _ => false,
+        };
         if kept {
             tracing::info!(service = %self.name, %error, "a reply is kept until the broker is back");
         } else {
             self.unsettled(&error);
         }
+    }
+
+    /// Waits for a settlement, and keeps the reply as soon as the connection is away: some transports settle only when it is
+    /// back or the lease is over, and the process may not live as long. True if it is kept.
+    async fn settled_or_kept(
+        &self,
+        settling: impl Future<Output = Option<Result<(), Error>>> + Send,
+        unsent: &(ReplyAddress, Arc<Reply>),
+        expires: Option<Instant>,
+    ) -> (Option<Result<(), Error>>, bool) {
+        let mut settling = pin!(settling);
+        tokio::select! {
+            biased;
+            settled = &mut settling => return (settled, false),
+            () = self.outbox.away() => {}
+        }
+        let kept = self.keep(unsent.clone(), expires, KeptTo::Answer).await;
+        let settled = settling.await;
+        if kept && matches!(settled, Some(Ok(()))) {
+            self.outbox.forget(&unsent.1.id, &unsent.0);
+        }
+        (settled, kept)
+    }
+
+    /// Keeps a reply until its deadline. False if that is not possible.
+    async fn keep(
+        &self,
+        (to, reply): (ReplyAddress, Arc<Reply>),
+        expires: Option<Instant>,
+        kept_to: KeptTo,
+    ) -> bool {
+        let expires = expires.unwrap_or_else(|| Instant::now() + self.config.default_timeout);
+        let kept = Box::pin(self.outbox.keep(&to, reply, expires, kept_to)).await;
+        if !kept {
+            count(&self.counters.not_kept);
+        }
+        kept
     }
 
     /// Waits for a settlement, unless the server is killed meanwhile: once polled, it happens.

@@ -8,22 +8,26 @@ mod broker;
 mod cases;
 mod failures;
 mod nodes;
+#[cfg(feature = "disk-outbox")]
+mod outbox;
 #[path = "../support/mod.rs"]
 mod support;
 
 use broker::Provided;
 
 macro_rules! on_each_broker {
-    ($($file:ident::$case:ident),* $(,)?) => {
+    ($($(#[$condition:meta])? $file:ident::$case:ident),* $(,)?) => {
         mod redis {
-            $(#[test]
+            $($(#[$condition])?
+            #[test]
             fn $case() {
                 super::Provided::redis(super::$file::$case);
             })*
         }
 
         mod amqp {
-            $(#[test]
+            $($(#[$condition])?
+            #[test]
             fn $case() {
                 super::Provided::amqp(super::$file::$case);
             })*
@@ -49,4 +53,6 @@ on_each_broker!(
     failures::no_call_is_lost_with_a_killed_server,
     nodes::nodes_are_called_and_asked,
     nodes::a_standby_and_a_newcomer_take_over,
+    #[cfg(feature = "disk-outbox")]
+    outbox::kept_replies_survive_a_kill,
 );

@@ -22,6 +22,8 @@ pub struct ServerStats {
     pub lost_leases: u64,
     /// Requests that could not be settled for another reason; the broker delivers them again.
     pub unsettled: u64,
+    /// Replies that could not be sent, and not be kept either: no room, or the store's disk failed.
+    pub not_kept: u64,
     /// Requests that another server had before.
     pub redelivered: u64,
     /// Requests whose callers gave them up, or did not want them any more, before they were started.
@@ -36,6 +38,7 @@ pub(crate) struct Counters {
     pub(crate) dead_lettered: AtomicU64,
     pub(crate) lost_leases: AtomicU64,
     pub(crate) unsettled: AtomicU64,
+    pub(crate) not_kept: AtomicU64,
     pub(crate) redelivered: AtomicU64,
     pub(crate) cancelled: AtomicU64,
     busy_us: AtomicU64,
@@ -75,6 +78,7 @@ impl Counters {
             dead_lettered: read(&self.dead_lettered),
             lost_leases: read(&self.lost_leases),
             unsettled: read(&self.unsettled),
+            not_kept: read(&self.not_kept),
             redelivered: read(&self.redelivered),
             cancelled: read(&self.cancelled),
         }

@@ -1,116 +1,178 @@
 //! Replies that were finished while the broker was away, kept until it is back.
 
-use std::collections::{HashMap, VecDeque};
+mod index;
+
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
 
 use tokio::sync::Notify;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 use tokio_util::sync::CancellationToken;
 
+pub(crate) use self::index::OutboxBounds;
+use self::index::{Forgotten, Index};
+use crate::config::TIMEOUT_MAX;
 use crate::envelope::{CorrelationId, Reply};
-use crate::error::ErrorKind;
+use crate::error::{Error, ErrorKind};
 use crate::name::ReplyAddress;
+use crate::outbox_store::{KeptReply, OutboxChange, OutboxKey, OutboxStore};
 use crate::transport::{ConnectionState, Outbound, Transport};
 
-/// How much is kept: what comes on top is dropped, and its request runs again.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct OutboxBounds {
-    pub(crate) replies: usize,
-    pub(crate) bytes: usize,
-}
+/// After what the broker had no room for.
+const FULL_WAITS: Duration = Duration::from_millis(200);
 
 /// A reply is kept until its deadline: to be sent, and to answer its request if that is delivered again.
 #[derive(Debug)]
 pub(crate) struct Outbox {
     transport: Arc<dyn Transport>,
     bounds: OutboxBounds,
-    state: Mutex<State>,
+    /// What survives the process, if anything does. Changes of the index and of the store are made under one lock, and so
+    /// in one order.
+    store: Option<Arc<dyn OutboxStore>>,
+    index: Mutex<Index>,
     /// How many are kept: mostly none, and then a request costs no look at them.
     count: AtomicUsize,
     added: Notify,
     sent: Notify,
 }
 
-#[derive(Debug, Default)]
-struct State {
-    kept: HashMap<CorrelationId, Kept>,
-    unsent: VecDeque<CorrelationId>,
-    bytes: usize,
-}
-
-#[derive(Debug)]
-struct Kept {
-    to: ReplyAddress,
-    reply: Arc<Reply>,
-    expires: Instant,
+/// What a reply is kept for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum KeptTo {
+    /// It is sent when the broker is back, and answers its request if that comes again.
+    Send,
+    /// It only answers its request.
+    Answer,
 }
 
 impl Outbox {
-    pub(crate) fn new(transport: Arc<dyn Transport>, bounds: OutboxBounds) -> Arc<Self> {
-        Arc::new(Self {
+    /// An outbox with what its store has, if it has one.
+    ///
+    /// # Errors
+    /// The store's.
+    pub(crate) async fn open(
+        transport: Arc<dyn Transport>,
+        bounds: OutboxBounds,
+        store: Option<Arc<dyn OutboxStore>>,
+    ) -> Result<Arc<Self>, Error> {
+        let found = match &store {
+            Some(store) => store.open().await?,
+            None => Vec::new(),
+        };
+        let outbox = Self {
             transport,
             bounds,
-            state: Mutex::default(),
+            store,
+            index: Mutex::default(),
             count: AtomicUsize::new(0),
             added: Notify::new(),
             sent: Notify::new(),
-        })
+        };
+        outbox.take_over(found);
+        Ok(Arc::new(outbox))
     }
 
-    /// Keeps a reply that could not be sent. False if there is no room.
-    pub(crate) fn keep(&self, to: ReplyAddress, reply: Arc<Reply>, expires: Instant) -> bool {
-        let id = reply.id.clone();
-        if !self.remember(to, reply, expires) {
+    /// True if what is kept survives the process.
+    pub(crate) fn is_durable(&self) -> bool {
+        self.store.is_some()
+    }
+
+    /// Keeps a reply that could not be sent; when it resolves to true, what is to survive the process does. False if there is no
+    /// room, or if it could not be stored, which is said.
+    pub(crate) async fn keep(
+        &self,
+        to: &ReplyAddress,
+        reply: Arc<Reply>,
+        expires: Instant,
+        kept_to: KeptTo,
+    ) -> bool {
+        let kept = KeptReply {
+            to: to.clone(),
+            reply,
+            unsent: kept_to == KeptTo::Send,
+            kept_at: SystemTime::now(),
+            lasts: expires.saturating_duration_since(Instant::now()),
+        };
+        let key = kept.key();
+        let (number, written) = {
+            let mut index = self.lock();
+            self.forget_expired(&mut index);
+            let room = index.keep(key.clone(), kept.reply.clone(), expires, self.bounds);
+            self.show_count(&index);
+            let Some((number, forgotten)) = room else {
+                // One with the same key had to go first.
+                self.write_forgotten(vec![key]);
+                return false;
+            };
+            self.write_forgotten(forgotten);
+            let store = self.store.as_ref();
+            (
+                number,
+                store.map(|store| store.write(OutboxChange::Keep(Box::new(kept)))),
+            )
+        };
+        if let Some(written) = written
+            && let Err(error) = written.await
+        {
+            tracing::error!(%error, "a reply that could not be sent cannot be kept");
+            let mut index = self.lock();
+            index.forget(&key, number);
+            self.show_count(&index);
             return false;
         }
-        let mut state = self.lock();
-        if !state.unsent.contains(&id) {
-            state.unsent.push_back(id);
+        if self.is_durable() {
+            tracing::debug!(id = %key.id, "a reply survives in the outbox");
         }
-        drop(state);
-        self.added.notify_one();
+        if kept_to == KeptTo::Send {
+            self.lock().queue(&key, number);
+            self.added.notify_one();
+        }
         true
     }
 
-    /// Keeps a reply only for the case that its request comes again. False if there is no room.
-    pub(crate) fn remember(&self, to: ReplyAddress, reply: Arc<Reply>, expires: Instant) -> bool {
-        let mut state = self.lock();
-        state.forget_expired();
-        let size = reply.body.len();
-        state.forget(&reply.id);
-        if !state.make_room(size, self.bounds) {
-            return false;
-        }
-        let id = reply.id.clone();
-        state.bytes += size;
-        state.kept.insert(id, Kept { to, reply, expires });
-        self.count.store(state.kept.len(), Ordering::Release);
-        true
-    }
-
-    /// The reply to a request that was executed here before. Ids of ours are nobody else's; those of plain peers need not
+    /// The reply to a request that was executed before. Ids of ours are nobody else's; those of plain peers need not
     /// be, and are not looked for.
     pub(crate) fn find(&self, id: &CorrelationId, to: Option<&ReplyAddress>) -> Option<Arc<Reply>> {
         if self.count() == 0 || id.as_u128().is_none() {
             return None;
         }
-        let state = self.lock();
-        let kept = state.kept.get(id).filter(|kept| to == Some(&kept.to))?;
-        Some(Arc::clone(&kept.reply))
+        let key = key(id, to?);
+        Some(Arc::clone(&self.lock().find(&key)?.reply))
+    }
+
+    /// Forgets a reply that its caller has.
+    pub(crate) fn forget(&self, id: &CorrelationId, to: &ReplyAddress) {
+        let key = key(id, to);
+        let mut index = self.lock();
+        if index.remove(&key) {
+            self.show_count(&index);
+            self.write_forgotten(vec![key]);
+        }
     }
 
     pub(crate) fn count(&self) -> usize {
         self.count.load(Ordering::Acquire)
     }
 
-    /// Sends what is kept whenever the broker is there, until `stop`.
+    /// Waits until the connection is not there.
+    pub(crate) async fn away(&self) {
+        let away = |state: &ConnectionState| *state != ConnectionState::Connected;
+        // An error would mean that the transport is gone, and with it the connection.
+        let _ = self.transport.state().wait_for(away).await;
+    }
+
+    /// Sends what is kept whenever the broker is there, and forgets what has expired, until `stop`.
     pub(crate) async fn run(self: Arc<Self>, stop: CancellationToken) {
         let send_all = async {
             loop {
-                self.added.notified().await;
-                while let Some(id) = self.first() {
-                    self.send(&id).await;
+                while let Some(key) = self.first() {
+                    self.send(&key).await;
+                }
+                let expiry = self.lock().next_expiry();
+                tokio::select! {
+                    () = self.added.notified() => {}
+                    () = sleep_until(expiry.unwrap_or_else(Instant::now)), if expiry.is_some() => {}
                 }
             }
         };
@@ -121,26 +183,33 @@ impl Outbox {
     }
 
     /// Sends one reply, as often as it takes until its deadline.
-    async fn send(&self, id: &CorrelationId) {
-        let kept = || {
-            let state = self.lock();
-            let kept = state.kept.get(id)?;
-            Some((kept.to.clone(), Arc::clone(&kept.reply), kept.expires))
-        };
-        while let Some((to, reply, expires)) = kept() {
+    async fn send(&self, key: &OutboxKey) {
+        let kept = || self.lock().find(key).cloned();
+        while let Some(kept) = kept().filter(|kept| kept.unsent) {
             let sent = async {
                 let connected = |state: &ConnectionState| *state == ConnectionState::Connected;
                 // An error would mean that the transport is gone, which sending tells.
                 let _ = self.transport.state().wait_for(connected).await;
+                let (to, reply) = (key.to.clone(), kept.reply);
                 self.transport.send(Outbound::Reply { to, reply }).await
             };
-            let sent = tokio::time::timeout_at(expires, sent).await;
-            let lost = matches!(&sent, Ok(Err(error)) if error.kind() == ErrorKind::ConnectionLost);
-            if !lost {
-                break;
+            match timeout_at(kept.expires, sent).await {
+                Ok(Err(error)) if error.kind() == ErrorKind::ConnectionLost => {}
+                Ok(Err(error)) if error.kind() == ErrorKind::Overloaded => sleep(FULL_WAITS).await,
+                // It stays unsent, for whoever opens the store next.
+                Ok(Err(error)) if error.kind() == ErrorKind::Closed => std::future::pending().await,
+                // Sent, or its caller is gone.
+                Ok(_) => break,
+                Err(_) => {
+                    self.forget(&key.id, &key.to);
+                    return self.sent.notify_waiters();
+                }
             }
         }
-        self.lock().unsent.retain(|unsent| unsent != id);
+        let mut index = self.lock();
+        index.sent(key);
+        self.write(OutboxChange::Sent(key.clone()));
+        drop(index);
         self.sent.notify_waiters();
     }
 
@@ -151,9 +220,7 @@ impl Outbox {
             let mut sent = std::pin::pin!(self.sent.notified());
             // Before the look: what is sent between the two would be missed.
             sent.as_mut().enable();
-            if self.lock().unsent.is_empty()
-                || *state.borrow_and_update() != ConnectionState::Connected
-            {
+            if self.lock().all_sent() || *state.borrow_and_update() != ConnectionState::Connected {
                 return;
             }
             tokio::select! {
@@ -163,128 +230,89 @@ impl Outbox {
         }
     }
 
-    fn first(&self) -> Option<CorrelationId> {
-        let mut state = self.lock();
-        state.forget_expired();
-        self.count.store(state.kept.len(), Ordering::Release);
-        state.unsent.front().cloned()
+    /// Closes the store.
+    pub(crate) async fn close(&self) {
+        if let Some(store) = &self.store {
+            store.close().await;
+        }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        // No code of a user runs under the lock, so a poisoned state is still a whole one.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Takes what a former process kept.
+    fn take_over(&self, mut found: Vec<KeptReply>) {
+        found.sort_by_key(|kept| kept.kept_at);
+        let (now, clock) = (Instant::now(), SystemTime::now());
+        let mut index = self.lock();
+        let mut dropped = Vec::new();
+        let all = found.len();
+        for kept in found {
+            let key = kept.key();
+            let room = kept.remaining(clock).and_then(|remaining| {
+                let expires = now + remaining.min(TIMEOUT_MAX);
+                index.keep(key.clone(), kept.reply, expires, self.bounds)
+            });
+            match room {
+                Some((number, forgotten)) => {
+                    dropped.extend(forgotten);
+                    if kept.unsent {
+                        index.queue(&key, number);
+                    }
+                }
+                None => dropped.push(key),
+            }
+        }
+        self.show_count(&index);
+        if all > 0 {
+            let gone = dropped.len();
+            tracing::info!(
+                all,
+                gone,
+                "replies were kept before; those gone had expired or do not fit"
+            );
+        }
+        self.write_forgotten(dropped);
+    }
+
+    fn first(&self) -> Option<OutboxKey> {
+        let mut index = self.lock();
+        self.forget_expired(&mut index);
+        index.first()
+    }
+
+    fn forget_expired(&self, index: &mut Index) {
+        let expired = index.remove_expired(Instant::now());
+        if !expired.is_empty() {
+            self.show_count(index);
+            self.write_forgotten(expired);
+            self.sent.notify_waiters();
+        }
+    }
+
+    fn write_forgotten(&self, forgotten: Forgotten) {
+        for key in forgotten {
+            self.write(OutboxChange::Forget(key));
+        }
+    }
+
+    /// Changes the store, waiting for nothing: it makes it good by itself if it cannot at once.
+    fn write(&self, change: OutboxChange) {
+        if let Some(store) = &self.store {
+            drop(store.write(change));
+        }
+    }
+
+    fn show_count(&self, index: &Index) {
+        self.count.store(index.count(), Ordering::Release);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Index> {
+        // No code of a user runs under the lock, so a poisoned index is still a whole one.
+        self.index.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl State {
-    /// Forgets what was sent already, if there is no room else. False if there is none then either.
-    fn make_room(&mut self, size: usize, bounds: OutboxBounds) -> bool {
-        let fits =
-            |state: &Self| state.kept.len() < bounds.replies && state.bytes + size <= bounds.bytes;
-        if !fits(self) {
-            let sent: Vec<_> = self
-                .kept
-                .keys()
-                .filter(|id| !self.unsent.contains(id))
-                .cloned()
-                .collect();
-            sent.iter().for_each(|id| self.forget(id));
-        }
-        fits(self)
-    }
-
-    fn forget(&mut self, id: &CorrelationId) {
-        if let Some(kept) = self.kept.remove(id) {
-            self.bytes -= kept.reply.body.len();
-        }
-    }
-
-    fn forget_expired(&mut self) {
-        let now = Instant::now();
-        self.kept.retain(|_, kept| kept.expires > now);
-        self.unsent.retain(|id| self.kept.contains_key(id));
-        self.bytes = self.kept.values().map(|kept| kept.reply.body.len()).sum();
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::time::Duration;
-
-    use super::*;
-
-    #[derive(Debug)]
-    struct Nowhere;
-
-    #[async_trait::async_trait]
-    impl Transport for Nowhere {
-        fn capabilities(&self) -> crate::transport::Capabilities {
-            crate::transport::Capabilities::none()
-        }
-        async fn send(&self, _: Outbound) -> Result<(), crate::Error> {
-            Ok(())
-        }
-        async fn broadcast(
-            &self,
-            _: &crate::ServiceName,
-            _: crate::Request,
-        ) -> Result<Option<usize>, crate::Error> {
-            Ok(Some(0))
-        }
-        async fn withdraw(
-            &self,
-            _: &crate::ServiceName,
-            _: &CorrelationId,
-        ) -> Result<bool, crate::Error> {
-            Ok(false)
-        }
-        async fn open_inbox(&self) -> Result<Box<dyn crate::transport::Inbox>, crate::Error> {
-            Err(crate::Error::not_executed(ErrorKind::Unsupported, "none"))
-        }
-        async fn subscribe(
-            &self,
-            _: &crate::ServiceName,
-            _: crate::transport::SubscribeOptions,
-        ) -> Result<Box<dyn crate::transport::Subscription>, crate::Error> {
-            Err(crate::Error::not_executed(ErrorKind::Unsupported, "none"))
-        }
-        fn state(&self) -> tokio::sync::watch::Receiver<ConnectionState> {
-            tokio::sync::watch::channel(ConnectionState::Connected).1
-        }
-        async fn close(&self) {}
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn it_is_bounded_and_forgets() {
-        let bounds = OutboxBounds {
-            replies: 2,
-            bytes: 10,
-        };
-        let outbox = Outbox::new(Arc::new(Nowhere), bounds);
-        let to = ReplyAddress::new("inbox").unwrap();
-        let keep = |id: u128, body: &'static str| {
-            let reply = Reply::value(CorrelationId::from_u128(id), body);
-            outbox.keep(
-                to.clone(),
-                reply.into(),
-                Instant::now() + Duration::from_secs(5),
-            )
-        };
-        // What is only remembered makes room for what is to be sent.
-        let old = Reply::value(CorrelationId::from_u128(9), "1234567890");
-        assert!(outbox.remember(
-            to.clone(),
-            old.into(),
-            Instant::now() + Duration::from_secs(5)
-        ));
-        assert!(keep(1, "12345") && !keep(2, "123456") && keep(2, "1234") && !keep(3, ""));
-        assert!(keep(2, "12345"), "it takes its own place");
-        let find = |id: u128, to| outbox.find(&CorrelationId::from_u128(id), Some(to));
-        assert!(find(1, &to).is_some() && find(3, &to).is_none());
-        assert!(find(1, &ReplyAddress::new("other").unwrap()).is_none());
-        tokio::time::advance(Duration::from_secs(6)).await;
-        assert_eq!(outbox.first(), None);
-        assert_eq!(outbox.count(), 0);
-        assert!(keep(3, "1234567890"));
+fn key(id: &CorrelationId, to: &ReplyAddress) -> OutboxKey {
+    OutboxKey {
+        id: id.clone(),
+        to: to.clone(),
     }
 }

@@ -92,6 +92,8 @@ impl RunningServer {
             let _ = tokio::time::timeout(DROP_TIMEOUT, self.handlers.wait()).await;
         }
         let closed = tokio::time::timeout(DROP_TIMEOUT, self.client.close()).await;
+        // Whoever starts the next server on its store does so after this.
+        let _ = tokio::time::timeout(DROP_TIMEOUT, self.outbox.close()).await;
         drained.and(closed).map_err(|_| {
             let message = format!(
                 "handlers still ran {:?} after the shutdown began",

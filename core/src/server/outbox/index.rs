@@ -1,0 +1,247 @@
+//! What is kept, within its bounds.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::Arc;
+
+use tokio::time::Instant;
+
+use crate::envelope::{Outcome, Reply};
+use crate::outbox_store::OutboxKey;
+
+/// How much is kept: what comes on top is dropped, and its request runs again.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct OutboxBounds {
+    pub(crate) replies: usize,
+    pub(crate) bytes: usize,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Index {
+    kept: HashMap<OutboxKey, Kept>,
+    /// What is to be sent, in order; what was forgotten meanwhile is skipped.
+    unsent: VecDeque<OutboxKey>,
+    /// What is not to be sent, by age.
+    idle: BTreeMap<u64, OutboxKey>,
+    expiries: BTreeMap<(Instant, u64), OutboxKey>,
+    bytes: usize,
+    entered: u64,
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Kept {
+    pub(super) reply: Arc<Reply>,
+    pub(super) expires: Instant,
+    pub(super) unsent: bool,
+    /// Tells it from another one with the same key, and the older from the younger.
+    number: u64,
+}
+
+/// What is forgotten to make room for something else.
+pub(super) type Forgotten = Vec<OutboxKey>;
+
+impl Index {
+    /// Keeps a reply in place of one with the same key, to be sent only once it is [queued](Self::queue). None if there is
+    /// no room, or with its number and what had to go for it: of what was sent, the oldest.
+    pub(super) fn keep(
+        &mut self,
+        key: OutboxKey,
+        reply: Arc<Reply>,
+        expires: Instant,
+        bounds: OutboxBounds,
+    ) -> Option<(u64, Forgotten)> {
+        self.remove(&key);
+        let size = size(&reply);
+        if bounds.replies == 0 || size > bounds.bytes {
+            return None;
+        }
+        let mut forgotten = Vec::new();
+        while self.kept.len() >= bounds.replies || self.bytes + size > bounds.bytes {
+            let (_, oldest) = self.idle.first_key_value()?;
+            let oldest = oldest.clone();
+            self.remove(&oldest);
+            forgotten.push(oldest);
+        }
+        self.entered += 1;
+        let number = self.entered;
+        self.bytes += size;
+        self.idle.insert(number, key.clone());
+        self.expiries.insert((expires, number), key.clone());
+        let unsent = false;
+        let kept = Kept {
+            reply,
+            expires,
+            unsent,
+            number,
+        };
+        self.kept.insert(key, kept);
+        Some((number, forgotten))
+    }
+
+    /// Has what was kept under a number sent.
+    pub(super) fn queue(&mut self, key: &OutboxKey, number: u64) {
+        if let Some(kept) = self.kept.get_mut(key)
+            && kept.number == number
+            && !std::mem::replace(&mut kept.unsent, true)
+        {
+            self.idle.remove(&number);
+            self.unsent.push_back(key.clone());
+        }
+    }
+
+    /// Notes that a reply is not to be sent any more.
+    pub(super) fn sent(&mut self, key: &OutboxKey) {
+        if let Some(kept) = self.kept.get_mut(key)
+            && std::mem::take(&mut kept.unsent)
+        {
+            self.idle.insert(kept.number, key.clone());
+        }
+        self.unsent.retain(|unsent| unsent != key);
+    }
+
+    /// Forgets what was kept under a number.
+    pub(super) fn forget(&mut self, key: &OutboxKey, number: u64) {
+        if self.kept.get(key).is_some_and(|kept| kept.number == number) {
+            self.remove(key);
+        }
+    }
+
+    /// Forgets a reply; false if it was not there.
+    pub(super) fn remove(&mut self, key: &OutboxKey) -> bool {
+        let Some(kept) = self.kept.remove(key) else {
+            return false;
+        };
+        self.bytes -= size(&kept.reply);
+        self.idle.remove(&kept.number);
+        self.expiries.remove(&(kept.expires, kept.number));
+        if kept.unsent {
+            self.unsent.retain(|unsent| unsent != key);
+        }
+        true
+    }
+
+    /// Forgets what has expired.
+    pub(super) fn remove_expired(&mut self, now: Instant) -> Forgotten {
+        let mut forgotten = Vec::new();
+        while let Some(((expires, _), key)) = self.expiries.first_key_value()
+            && *expires <= now
+        {
+            let key = key.clone();
+            self.remove(&key);
+            forgotten.push(key);
+        }
+        forgotten
+    }
+
+    pub(super) fn find(&self, key: &OutboxKey) -> Option<&Kept> {
+        self.kept.get(key)
+    }
+
+    /// The first that is to be sent.
+    pub(super) fn first(&self) -> Option<OutboxKey> {
+        self.unsent.front().cloned()
+    }
+
+    /// When the next one expires.
+    pub(super) fn next_expiry(&self) -> Option<Instant> {
+        self.expiries.keys().next().map(|(expires, _)| *expires)
+    }
+
+    pub(super) fn count(&self) -> usize {
+        self.kept.len()
+    }
+
+    pub(super) fn all_sent(&self) -> bool {
+        self.unsent.is_empty()
+    }
+}
+
+/// What a reply counts for: what could be large of it.
+fn size(reply: &Reply) -> usize {
+    let details = match &reply.outcome {
+        Outcome::Fault { fault, .. } => fault.details_size(),
+        Outcome::Value | Outcome::Signal(_) => 0,
+    };
+    let headers: usize = reply
+        .headers
+        .iter()
+        .map(|(name, value)| name.len() + value.len())
+        .sum();
+    reply.body.len() + details + headers
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::envelope::CorrelationId;
+    use crate::name::ReplyAddress;
+
+    const BOUNDS: OutboxBounds = OutboxBounds {
+        replies: 2,
+        bytes: 10,
+    };
+
+    fn key(id: u128) -> OutboxKey {
+        OutboxKey {
+            id: CorrelationId::from_u128(id),
+            to: ReplyAddress::new("inbox").unwrap(),
+        }
+    }
+
+    fn keep(index: &mut Index, id: u128, body: &'static str, expires: Instant) -> Option<u64> {
+        let reply = Reply::value(CorrelationId::from_u128(id), body);
+        let (number, _) = index.keep(key(id), reply.into(), expires, BOUNDS)?;
+        index.queue(&key(id), number);
+        Some(number)
+    }
+
+    #[test]
+    fn it_is_bounded_and_forgets() {
+        let mut index = Index::default();
+        let (now, later) = (Instant::now(), Instant::now() + Duration::from_secs(5));
+        assert!(keep(&mut index, 1, "12345", later).is_some());
+        assert!(keep(&mut index, 2, "123456", later).is_none());
+        assert!(keep(&mut index, 2, "1234", later).is_some());
+        assert!(keep(&mut index, 3, "", later).is_none(), "two are enough");
+        assert!(
+            keep(&mut index, 2, "12345", later).is_some(),
+            "it takes its own place"
+        );
+        assert_eq!((index.count(), index.bytes), (2, 10));
+        assert_eq!(index.first(), Some(key(1)));
+        assert!(index.remove_expired(now).is_empty());
+        assert_eq!(index.remove_expired(later), [key(1), key(2)]);
+        assert_eq!((index.count(), index.bytes), (0, 0));
+        assert!(index.all_sent() && index.next_expiry().is_none());
+    }
+
+    #[test]
+    fn the_oldest_of_what_was_sent_makes_room() {
+        let mut index = Index::default();
+        let later = Instant::now() + Duration::from_secs(5);
+        keep(&mut index, 1, "1", later).unwrap();
+        keep(&mut index, 2, "2", later).unwrap();
+        index.sent(&key(1));
+        index.sent(&key(2));
+        let reply = Reply::value(CorrelationId::from_u128(3), "3");
+        let (_, forgotten) = index.keep(key(3), reply.into(), later, BOUNDS).unwrap();
+        assert_eq!(forgotten, [key(1)], "and no more than is needed");
+        assert!(index.find(&key(2)).is_some() && index.find(&key(3)).is_some());
+    }
+
+    #[test]
+    fn one_that_took_its_place_is_not_forgotten_for_it() {
+        let mut index = Index::default();
+        let later = Instant::now() + Duration::from_secs(5);
+        let first = keep(&mut index, 1, "1", later).unwrap();
+        keep(&mut index, 1, "2", later).unwrap();
+        index.forget(&key(1), first);
+        assert!(
+            index
+                .find(&key(1))
+                .is_some_and(|kept| kept.reply.body == "2")
+        );
+        assert_eq!(index.unsent.len(), 1);
+    }
+}

@@ -36,7 +36,7 @@ impl Drop for Directory {
 fn kept(id: &str, body: &str) -> KeptReply {
     KeptReply {
         to: ReplyAddress::new("inbox").unwrap(),
-        reply: Reply::value(CorrelationId::parse(id).unwrap(), body.to_owned()),
+        reply: Reply::value(CorrelationId::parse(id).unwrap(), body.to_owned()).into(),
         unsent: true,
         kept_at: SystemTime::now(),
         lasts: Duration::from_secs(30),
@@ -107,7 +107,8 @@ async fn what_is_kept_is_found_again() {
             CorrelationId::parse("4").unwrap(),
             Fault::new(Code::NotFound, "no such"),
             Executed::Yes,
-        ),
+        )
+        .into(),
         ..kept("4", "")
     };
     store

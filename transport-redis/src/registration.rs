@@ -47,6 +47,7 @@ impl Taker {
         let mode = match self.options.mode {
             SubscribeMode::Shared => "shared",
             SubscribeMode::Exclusive => "exclusive",
+            SubscribeMode::TakeOver => "take-over",
             other => {
                 let message = format!("the mode {other:?} is not known to this transport");
                 return Err(Refusal::Final(Error::not_executed(
@@ -114,8 +115,8 @@ impl Taker {
                 }
                 Value::Int(_) => {
                     let message = match self.options.mode {
-                        SubscribeMode::Exclusive => "the service is served or owned by others",
-                        _ => "the service has an exclusive owner",
+                        SubscribeMode::Shared => "the service has an exclusive owner",
+                        _ => "the service is served or owned by others",
                     };
                     return Err(Refusal::Final(Error::not_executed(
                         ErrorKind::AlreadyOwned,
@@ -123,13 +124,14 @@ impl Taker {
                     )));
                 }
                 Value::Array(over) => {
+                    let at_once = self.options.mode == SubscribeMode::TakeOver;
                     let mut pipeline = Pipeline::new();
                     for name in over {
                         if let Value::BulkString(name) = name {
                             pipeline.add_command(reclaim(
                                 &self.keys,
                                 &String::from_utf8_lossy(name),
-                                false,
+                                at_once,
                             ));
                         }
                     }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use antiphon_core::transport::SubscribeOptions;
+use antiphon_core::transport::{SubscribeMode, SubscribeOptions};
 use antiphon_core::{Error, Executed};
 use redis::{Pipeline, RedisResult, Value};
 use tokio::task::yield_now;
@@ -65,7 +65,7 @@ impl Taker {
     ) -> Result<Self, Error> {
         let slots = Arc::new(Slots::default());
         let session = Session::new(shared.process.next_name(), keys, &slots);
-        let taker = Self {
+        let mut taker = Self {
             shared: Arc::clone(shared),
             keys: Arc::clone(keys),
             options,
@@ -77,7 +77,13 @@ impl Taker {
             known: false,
         };
         match taker.join(&session, None).await {
-            Ok(()) => Ok(taker),
+            Ok(()) => {
+                // Once: it must not come back over the one that fences it off in turn.
+                if taker.options.mode == SubscribeMode::TakeOver {
+                    taker.options.mode = SubscribeMode::Exclusive;
+                }
+                Ok(taker)
+            }
             Err(Refusal::Final(error) | Refusal::ForNow(error)) => {
                 taker.undo(&session).await;
                 Err(error)

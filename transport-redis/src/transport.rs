@@ -177,7 +177,10 @@ impl Drop for RedisTransport {
 #[async_trait]
 impl Transport for RedisTransport {
     fn capabilities(&self) -> Capabilities {
-        Capabilities::none().with_fenced_replies().with_withdrawal()
+        Capabilities::none()
+            .with_fenced_replies()
+            .with_withdrawal()
+            .with_take_over()
     }
 
     async fn send(&self, message: Outbound) -> Result<(), Error> {

@@ -443,6 +443,9 @@ async fn an_owner_and_others_exclude_each_other() {
         Value::Int(-1)
     );
     assert_eq!(model.ask(&session("b"), "shared", "").await, Value::Int(-1));
+    // One that takes over is told whom to fence off, though that one's process lives.
+    let owner = Value::Array(vec![Value::BulkString(session("a").into_bytes())]);
+    assert_eq!(model.ask(&session("b"), "take-over", "").await, owner);
     // Its own successor is let in; the number grows.
     let successor = format!("{service}-a.2");
     let answer = model.ask(&successor, "exclusive", &session("a")).await;
@@ -456,10 +459,9 @@ async fn an_owner_and_others_exclude_each_other() {
     assert_eq!(model.script(RECLAIM, &keys, &end).await, Value::Int(0));
     assert_eq!(model.ask(&session("b"), "shared", "").await, Value::Int(0));
     assert_eq!(model.ask(&session("c"), "shared", "").await, Value::Int(0));
-    assert_eq!(
-        model.ask(&session("d"), "exclusive", "").await,
-        Value::Int(-1)
-    );
+    for mode in ["exclusive", "take-over"] {
+        assert_eq!(model.ask(&session("d"), mode, "").await, Value::Int(-1));
+    }
 }
 
 #[tokio::test]

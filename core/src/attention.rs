@@ -3,13 +3,15 @@
 use std::future::pending;
 use std::pin::Pin;
 use std::sync::{Arc, PoisonError};
+use std::time::Duration;
 
 use tokio::time::{Instant, Sleep, sleep_until, timeout_at};
 
 use crate::call::{CallEvent, Options};
-use crate::envelope::{Outcome, Reply};
-use crate::error::{Error, ErrorKind};
+use crate::envelope::{CorrelationId, Outcome, Reply};
+use crate::error::{Error, ErrorKind, Executed};
 use crate::exchange::Exchange;
+use crate::fault::{Code, Fault};
 use crate::listeners::{Listening, Wants};
 use crate::name::ReplyAddress;
 use crate::signal::Signal;
@@ -108,16 +110,39 @@ impl<'a> Attention<'a> {
     /// Tells a server to start: the first that asks, and any that has the request after that one died.
     fn accept(&mut self, to: ReplyAddress, reply: Arc<Reply>) {
         self.pickup = None;
-        let (transport, deadline) = (Arc::clone(self.transport), self.deadline);
-        // The call has its reply to wait for.
-        tokio::spawn(async move {
-            let sent = timeout_at(deadline, transport.send(Outbound::Reply { to, reply })).await;
-            if let Ok(Err(error)) = sent {
-                tracing::debug!(%error, "a server was not told to start");
-            }
-        });
+        answer_offer(self.transport, to, reply, self.deadline);
     }
 }
+
+/// Answers an offer that nobody attends to: a value has the request started, a fault has it left.
+pub(crate) fn answer_unattended(
+    transport: &Arc<dyn Transport>,
+    (to, id): (ReplyAddress, CorrelationId),
+    is_wanted: bool,
+) {
+    let answer = match is_wanted {
+        true => Reply::value(id, ""),
+        false => {
+            let fault = Fault::new(Code::Cancelled, "the call has ended");
+            Reply::fault(id, fault, Executed::No)
+        }
+    };
+    answer_offer(transport, to, answer, Instant::now() + ANSWERED_WITHIN);
+}
+
+/// Not waited for: a call has its reply to wait for, and a client others.
+fn answer_offer(transport: &Arc<dyn Transport>, to: ReplyAddress, reply: Reply, deadline: Instant) {
+    let transport = Arc::clone(transport);
+    tokio::spawn(async move {
+        let sent = timeout_at(deadline, transport.send(Outbound::Reply { to, reply })).await;
+        if let Ok(Err(error)) = sent {
+            tracing::debug!(%error, "a server's offer was not answered");
+        }
+    });
+}
+
+/// No server waits longer for an answer.
+const ANSWERED_WITHIN: Duration = Duration::from_secs(10);
 
 impl Stopped {
     pub(crate) fn kind(self) -> ErrorKind {
@@ -127,7 +152,7 @@ impl Stopped {
         }
     }
 
-    pub(crate) fn error(self, executed: crate::Executed) -> Error {
+    pub(crate) fn error(self, executed: Executed) -> Error {
         let message = match self {
             Self::Cancelled => "the call was given up",
             Self::NotPickedUp => "no server took it in time",

@@ -9,6 +9,7 @@ use tokio::task::AbortHandle;
 use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
+use crate::attention::answer_unattended;
 use crate::call::{Call, Notify};
 use crate::channel::ChannelOptions;
 use crate::config::{self, ClientConfig};
@@ -68,6 +69,7 @@ impl Client {
         let (joins, joined) = mpsc::unbounded_channel();
         let dispatcher = Dispatcher {
             inbox,
+            transport: Arc::clone(&transport),
             pending: Arc::clone(&pending),
             listeners: Arc::clone(&listeners),
             joins: joined,
@@ -308,6 +310,7 @@ type Join = (ServiceName, oneshot::Sender<Result<(), Error>>);
 struct Dispatcher {
     // Dropped in this order: who waits for the end finds no inbox.
     inbox: Box<dyn Inbox>,
+    transport: Arc<dyn Transport>,
     pending: Arc<Pending>,
     listeners: Arc<Listeners>,
     joins: mpsc::UnboundedReceiver<Join>,
@@ -353,6 +356,13 @@ impl Dispatcher {
                     && !self.listeners.gathers(&reply.id)
                 {
                     self.pending.hear(&reply.id, every, now);
+                }
+                if let Outcome::Signal(Signal::Offer { to, id, .. }) = &reply.outcome
+                    && !self.listeners.listens(&reply.id)
+                {
+                    let is_wanted = self.pending.waits(&reply.id);
+                    let server = (to.clone(), id.clone());
+                    return answer_unattended(&self.transport, server, is_wanted);
                 }
                 let is_signal = matches!(reply.outcome, Outcome::Signal(_));
                 let size = match &reply.outcome {

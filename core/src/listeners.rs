@@ -65,6 +65,11 @@ impl Listeners {
             })
     }
 
+    /// True if somebody listens to an id.
+    pub(crate) fn listens(&self, id: &CorrelationId) -> bool {
+        id.as_u128().is_some_and(|id| self.lock().contains_key(&id))
+    }
+
     /// Gives a message to who listens; returns a reply that nobody gathers.
     pub(crate) fn hear(&self, reply: Arc<Reply>) -> Option<Arc<Reply>> {
         let is_signal = matches!(reply.outcome, Outcome::Signal(_));

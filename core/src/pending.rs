@@ -160,6 +160,12 @@ impl Pending {
         }
     }
 
+    /// True if a call waits for its reply.
+    pub(crate) fn waits(&self, id: &CorrelationId) -> bool {
+        id.as_u128()
+            .is_some_and(|id| self.lock().waiting.contains_key(&id))
+    }
+
     /// Notes that the server of a call lives, and says so again within `every`.
     pub(crate) fn hear(&self, id: &CorrelationId, every: Duration, now: Instant) {
         let mut table = self.lock();

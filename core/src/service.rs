@@ -1,5 +1,7 @@
 //! What becomes of one request in a server's hands.
 
+mod wanted;
+
 use std::any::Any;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -16,6 +18,7 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use self::wanted::Wanted;
 use crate::client::Client;
 use crate::config::{self, ServerConfig};
 use crate::context::{self, Context};
@@ -24,7 +27,6 @@ use crate::error::{Error, ErrorKind, Executed};
 use crate::fault::{Code, Fault};
 use crate::handler::{AnyHandler, Failure, Response};
 use crate::name::{Method, Node, ReplyAddress, ServiceName};
-use crate::pending::Ended;
 use crate::server::{Counters, KeptTo, Outbox, Running, count};
 use crate::signal::{Signal, Signals};
 use crate::transport::{Delivery, Outbound};
@@ -102,6 +104,7 @@ impl Service {
     /// True if there is nothing to know of a request before it is executed.
     fn is_plain(&self, delivery: &Delivery) -> bool {
         delivery.attempt == 1
+            && !delivery.waited
             && delivery.request.signals != Signals::Offer
             && self.outbox.count() == 0
             && !self.running.remembers_any()
@@ -170,59 +173,6 @@ impl Service {
                 }
                 self.settle(delivery.reply(None)).await;
             }
-        }
-    }
-
-    /// Whether the caller gave the request up; asks it, if it wants to be.
-    async fn is_wanted(&self, delivery: &Delivery) -> Wanted {
-        let request = &delivery.request;
-        if self.running.was_given_up(&request.id) {
-            return Wanted::No;
-        }
-        match (&request.reply_to, request.signals) {
-            (Some(to), Signals::Offer) => Box::pin(self.offer(delivery, to)).await,
-            _ => Wanted::Yes,
-        }
-    }
-
-    /// Offers to start on a request, and waits for the word to. A caller that has given up says so, or is gone.
-    async fn offer(&self, delivery: &Delivery, to: &ReplyAddress) -> Wanted {
-        let id = CorrelationId::random();
-        let now = Instant::now();
-        let expires = delivery.expires.unwrap_or(now + OFFER_LASTS);
-        let (Some(number), true) = (id.as_u128(), expires > now) else {
-            // That it has expired is said as always.
-            return Wanted::Yes;
-        };
-        let given_up = CancellationToken::new();
-        let _entered = self.running.enter(&delivery.request.id, given_up.clone());
-        let deadline = expires.min(now + OFFER_LASTS);
-        let Ok((mut slot, address)) = self.client.pending().enter(number, deadline) else {
-            return Wanted::Unheard;
-        };
-        let offer = Signal::Offer {
-            node: self.node.clone(),
-            to: address,
-            id,
-        };
-        let answer = async {
-            if !self.say(delivery, to, offer).await {
-                return Wanted::No;
-            }
-            match slot.ended().await {
-                Ended::Reply(_) => Wanted::Yes,
-                _ if expires <= Instant::now() => Wanted::No,
-                // Somebody else may be heard.
-                _ => Wanted::Unheard,
-            }
-        };
-        tokio::select! {
-            biased;
-            wanted = answer => wanted,
-            () = given_up.cancelled() => Wanted::No,
-            () = sleep_until(deadline) => Wanted::Unheard,
-            () = delivery.lease.cancelled() => Wanted::NotOurs,
-            () = self.kill.cancelled() => Wanted::NotOurs,
         }
     }
 
@@ -542,17 +492,6 @@ impl Service {
     }
 }
 
-/// Whether a request is to be started.
-enum Wanted {
-    Yes,
-    /// Its caller has given it up, or is gone.
-    No,
-    /// Its caller could not be asked in time.
-    Unheard,
-    /// It is another server's now.
-    NotOurs,
-}
-
 /// Why there is no answer.
 struct Failed {
     fault: Fault,
@@ -585,9 +524,6 @@ enum Why {
     /// Its caller has given up, or is gone.
     GivenUp,
 }
-
-/// How long an offer waits for its answer.
-const OFFER_LASTS: Duration = Duration::from_secs(10);
 
 async fn poll_once<T>(mut future: Pin<&mut impl Future<Output = T>>) -> Poll<T> {
     poll_fn(|cx| Poll::Ready(future.as_mut().poll(cx))).await

@@ -36,7 +36,9 @@ pub enum Signal {
         /// Where.
         node: Node,
     },
-    /// A server has it, and starts its handler when it is told to: by a value, to the address, under the id.
+    /// A server has it, and starts its handler when it is told to: by a value, to the address, under the id. A fault tells it to
+    /// leave it: nobody waits for it any more. A server makes it to who wants that, and when it may not have been told
+    /// that the request was given up; then silence is an assent.
     Offer {
         /// Where.
         node: Node,

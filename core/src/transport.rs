@@ -351,6 +351,10 @@ pub struct Delivery {
     pub expires: Option<Instant>,
     /// Cancelled when the lease under which it is held is lost.
     pub lease: CancellationToken,
+    /// It may have been in its queue before this server could be told that it is given up: before the subscription, or its connection's
+    /// recovery. Its caller is asked then. False, the default, if what is given up is withdrawn from the queue.
+    /// *Checked by* `given_up/*`.
+    pub waited: bool,
     settlement: Box<dyn Settlement>,
 }
 
@@ -369,6 +373,7 @@ impl Delivery {
             attempt,
             expires,
             lease,
+            waited: false,
             settlement,
         }
     }

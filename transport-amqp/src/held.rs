@@ -73,6 +73,8 @@ pub(crate) struct Decoded {
     pub(crate) request: Request,
     pub(crate) expires: Option<Instant>,
     pub(crate) lease: CancellationToken,
+    /// As of [`Delivery::waited`](antiphon_core::transport::Delivery::waited).
+    pub(crate) waited: bool,
 }
 
 /// What is published for a delivery.

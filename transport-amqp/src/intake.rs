@@ -25,6 +25,9 @@ use crate::topology::{self, Lingering};
 /// How long a subscription waits for its retry queue before it serves without.
 const RETRY_PATIENCE: Duration = Duration::from_millis(400);
 
+/// How long after its queue a server may come to hear what is said to all servers.
+const SETTLES: Duration = Duration::from_millis(250);
+
 /// What a subscription is.
 #[derive(Clone, Debug)]
 pub(crate) struct Plan {
@@ -54,6 +57,8 @@ pub(crate) struct Intake {
     /// The connection was lost to a message that the client library cannot read.
     pub(crate) unreadable: bool,
     pub(crate) opened: Instant,
+    /// How many requests of the main queue were there before it was consumed, and have not come yet, if they come here.
+    backlog: u32,
     /// The retry queue, while the broker does not give it to us.
     attaching: Option<BoxFuture<'static, Lane>>,
 }
@@ -125,6 +130,7 @@ impl Intake {
 
     async fn consume(session: &Arc<Session>, plan: &Plan) -> Result<Self, Failure> {
         let prefetch = u16::try_from(plan.prefetch).unwrap_or(u16::MAX);
+        let backlog = topology::look(session, &plan.names.main).await?;
         let main = Lane::open(session, &plan.names.main, prefetch).await?;
         let mut attaching = attach(Arc::clone(session), plan.clone()).boxed();
         let retry = timeout(RETRY_PATIENCE, &mut attaching).await.ok();
@@ -136,6 +142,7 @@ impl Intake {
             lease: CancellationToken::new(),
             unreadable: false,
             opened: Instant::now(),
+            backlog: backlog.message_count(),
             main,
             attaching: retry.is_none().then_some(attaching),
             retry,
@@ -169,6 +176,15 @@ impl Intake {
             Poll::Pending
         })
         .await
+    }
+
+    /// True if the request that comes now may have been in the queue when nobody could tell us that it is given up.
+    pub(crate) fn waited(&mut self, origin: Origin) -> bool {
+        let before = origin == Origin::Retry || self.backlog > 0;
+        if origin == Origin::Main {
+            self.backlog = self.backlog.saturating_sub(1);
+        }
+        before || self.opened.elapsed() < SETTLES
     }
 
     /// Stops taking, and gives what the broker had sent until then.

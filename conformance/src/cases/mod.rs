@@ -9,6 +9,7 @@ mod correlation;
 mod deadlines;
 mod exclusive;
 mod faults;
+mod given_up;
 mod leaks;
 mod long_calls;
 mod no_responder;
@@ -38,6 +39,7 @@ const GROUPS: &[&[Case]] = &[
     reconnect::CASES,
     nodes::CASES,
     cancel::CASES,
+    given_up::CASES,
     long_calls::CASES,
     channels::CASES,
     standby::CASES,

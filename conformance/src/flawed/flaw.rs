@@ -258,7 +258,7 @@ flaws! {
     /// Every request seems to come from a plain peer.
     ForgetsSignals => ["long_calls/running_is_told", "cancel/vanished_caller_cancels_its_handler"],
     /// A withdrawn request stays in its queue.
-    WithdrawsNothing => ["cancel/given_up_is_withdrawn", "cancel/given_up_is_not_started", "cancel/many_are_given_up_at_once", "cancel/pickup_times_out_behind_a_busy_server"],
+    WithdrawsNothing => ["cancel/given_up_is_withdrawn", "cancel/given_up_is_not_started", "cancel/many_are_given_up_at_once", "cancel/pickup_times_out_behind_a_busy_server", "given_up/dropped_before_a_server_starts"],
     /// A reply to an inbox that is gone says that all is well.
     HidesGoneInboxes => ["cancel/vanished_caller_cancels_its_handler"],
 }

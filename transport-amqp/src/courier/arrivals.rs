@@ -63,6 +63,7 @@ impl Courier {
         let key = self.next_key;
         self.next_key += 1;
 
+        let waited = intake.waited(origin);
         if delivery.redelivered {
             if let Some(identity) = Identity::of(&properties) {
                 let copy = self
@@ -103,6 +104,7 @@ impl Courier {
                     request,
                     expires,
                     lease,
+                    waited,
                 }));
                 match origin {
                     // It is older than whatever waits from the main queue.
@@ -146,13 +148,14 @@ impl Courier {
                 continue;
             };
             let settlement = AmqpSettlement::new(key, self.command_sender.clone());
-            let delivery = Delivery::new(
+            let mut delivery = Delivery::new(
                 decoded.request,
                 held.attempt,
                 decoded.expires,
                 decoded.lease,
                 Box::new(settlement),
             );
+            delivery.waited = decoded.waited;
             held.handed = true;
             self.handed += 1;
             let refused = match &self.deliveries {

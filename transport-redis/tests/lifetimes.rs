@@ -381,7 +381,7 @@ async fn a_process_that_is_gone_serves_nothing_and_hears_nothing_after_its_lease
         client
             .send(Outbound::Request {
                 service,
-                request,
+                request: request.into(),
                 expect_responder: true,
                 ticket,
             })

@@ -127,11 +127,21 @@ pub(crate) fn answer_unattended(
             Reply::fault(id, fault, Executed::No)
         }
     };
-    answer_offer(transport, to, answer, Instant::now() + ANSWERED_WITHIN);
+    answer_offer(
+        transport,
+        to,
+        answer.into(),
+        Instant::now() + ANSWERED_WITHIN,
+    );
 }
 
 /// Not waited for: a call has its reply to wait for, and a client others.
-fn answer_offer(transport: &Arc<dyn Transport>, to: ReplyAddress, reply: Reply, deadline: Instant) {
+fn answer_offer(
+    transport: &Arc<dyn Transport>,
+    to: ReplyAddress,
+    reply: Arc<Reply>,
+    deadline: Instant,
+) {
     let transport = Arc::clone(transport);
     tokio::spawn(async move {
         let sent = timeout_at(deadline, transport.send(Outbound::Reply { to, reply })).await;

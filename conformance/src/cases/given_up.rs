@@ -165,7 +165,7 @@ async fn queue_by_hand(
     request.reply_to = Some(inbox.address());
     let message = Outbound::Request {
         service: service.clone(),
-        request,
+        request: request.into(),
         expect_responder: false,
         ticket: Ticket::new(),
     };

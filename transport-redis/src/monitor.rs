@@ -1,6 +1,7 @@
 //! Returns the work of dead servers. Every server watches its services; any number may.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -25,37 +26,48 @@ const SPREAD: Duration = Duration::from_millis(150);
 /// The services of this transport, watched by one task for all.
 #[derive(Debug, Default)]
 pub(crate) struct Monitor {
-    watched: Mutex<Vec<Arc<ServiceKeys>>>,
+    watched: Mutex<Vec<Arc<Watched>>>,
     changed: Notify,
+}
+
+#[derive(Debug)]
+struct Watched {
+    keys: Arc<ServiceKeys>,
+    /// Somebody held work at the last look, or has taken some since. It may be wrong: then there is one look at all.
+    warm: AtomicBool,
 }
 
 /// A service is watched until this is dropped.
 #[derive(Debug)]
 pub(crate) struct Watch {
     shared: Arc<Shared>,
-    keys: Arc<ServiceKeys>,
+    watched: Arc<Watched>,
 }
 
 impl Watch {
     pub(crate) fn new(shared: &Arc<Shared>, keys: &Arc<ServiceKeys>) -> Self {
-        shared.monitor.lock().push(Arc::clone(keys));
+        let watched = Arc::new(Watched {
+            keys: Arc::clone(keys),
+            warm: AtomicBool::new(false),
+        });
+        shared.monitor.lock().push(Arc::clone(&watched));
         shared.monitor.changed.notify_one();
         Self {
             shared: Arc::clone(shared),
-            keys: Arc::clone(keys),
+            watched,
         }
+    }
+
+    /// Work of the service was taken.
+    pub(crate) fn warm(&self) {
+        self.watched.warm.store(true, Ordering::Relaxed);
     }
 }
 
 impl Drop for Watch {
     fn drop(&mut self) {
-        let mut watched = self.shared.monitor.lock();
-        if let Some(at) = watched
-            .iter()
-            .position(|keys| Arc::ptr_eq(keys, &self.keys))
-        {
-            watched.swap_remove(at);
-        }
+        let mut all = self.shared.monitor.lock();
+        all.retain(|watched| !Arc::ptr_eq(watched, &self.watched));
     }
 }
 
@@ -90,51 +102,61 @@ pub(crate) async fn run(shared: Arc<Shared>) {
     shared.ending.run_until_cancelled(watching).await;
 }
 
-/// Looks where there is something, and at one idle service in turn: a session that held nothing may be left there.
-/// Gives when to look again, if that is known; fails if Redis cannot be asked.
-async fn look(shared: &Shared, services: &[Arc<ServiceKeys>], turn: usize) -> Option<Duration> {
+/// Looks where there is something, and at one service in turn: a session that held nothing may be left there. Gives when to
+/// look again, if that is known; fails if Redis cannot be asked.
+async fn look(shared: &Shared, services: &[Arc<Watched>], turn: usize) -> Option<Duration> {
     let mut live = shared.link.clone().ready(&shared.ending).await?;
-    let mut pipeline = Pipeline::new();
-    let exists = pipeline.cmd("EXISTS");
-    for keys in services {
-        exists.arg(&keys.queue).arg(&keys.holding);
-    }
     let in_turn = services.get(turn)?;
+    let is_warm = |watched: &&Arc<Watched>| watched.warm.load(Ordering::Relaxed);
+    let (warm, cold): (Vec<_>, Vec<_>) = services.iter().partition(is_warm);
+    let mut pipeline = Pipeline::new();
     pipeline
         .cmd("SRANDMEMBER")
-        .arg(&in_turn.sessions)
+        .arg(&in_turn.keys.sessions)
         .arg(SAMPLE);
-    let mut answers = live.execute(&pipeline).await.ok()?.into_iter();
-    let any = answers.next()? != Value::Int(0);
-    let mut found = HashMap::new();
-    add(shared, &mut found, in_turn, answers.next()?);
-    if any {
-        let mut pipeline = Pipeline::new();
-        for keys in services {
-            // A queue lives as long as its requests do, as far as its senders know. Those of plain peers, and what is longer
-            // than the life of others, must not vanish while somebody serves.
-            let expire = pipeline.cmd("PEXPIRE").arg(&keys.queue);
-            expire.arg(millis(QUEUE_TTL)).arg("GT");
-            pipeline.cmd("SRANDMEMBER").arg(&keys.holding).arg(SAMPLE);
+    if !cold.is_empty() {
+        let exists = pipeline.cmd("EXISTS");
+        for watched in cold {
+            exists.arg(&watched.keys.queue).arg(&watched.keys.holding);
         }
+    }
+    let mut answers = live.execute(&pipeline).await.ok()?.into_iter();
+    let mut found = HashMap::new();
+    add(shared, &mut found, &in_turn.keys, answers.next()?);
+    let closer = match answers.next() {
+        None | Some(Value::Int(0)) => warm,
+        Some(_) => services.iter().collect(),
+    };
+    let mut pipeline = Pipeline::new();
+    for Watched { keys, .. } in closer.iter().map(|watched| &***watched) {
+        // A queue lives as long as its requests do, as far as its senders know. Those of plain peers, and what is longer
+        // than the life of others, must not vanish while somebody serves.
+        let expire = pipeline.cmd("PEXPIRE").arg(&keys.queue);
+        expire.arg(millis(QUEUE_TTL)).arg("GT");
+        pipeline.cmd("SRANDMEMBER").arg(&keys.holding).arg(SAMPLE);
+    }
+    if !pipeline.is_empty() {
         let answers = live.execute(&pipeline).await.ok()?;
-        for (keys, answer) in services.iter().zip(answers.into_iter().skip(1).step_by(2)) {
-            add(shared, &mut found, keys, answer);
+        let holders = answers.into_iter().skip(1).step_by(2);
+        for (watched, holders) in closer.into_iter().zip(holders) {
+            let sessions = add(shared, &mut found, &watched.keys, holders);
+            watched.warm.store(sessions > 0, Ordering::Relaxed);
         }
     }
     clear(&mut live, found).await
 }
 
-/// Adds the sessions of an answer, by their process. Those of our own end by themselves.
+/// Adds the sessions of an answer, by their process; those of our own end by themselves. Gives how many there are of both.
 fn add(
     shared: &Shared,
     found: &mut HashMap<String, Vec<Found>>,
     keys: &Arc<ServiceKeys>,
     sessions: Value,
-) {
+) -> usize {
     let (Value::Array(sessions) | Value::Set(sessions)) = sessions else {
-        return;
+        return 0;
     };
+    let count = sessions.len();
     for session in sessions {
         if let Value::BulkString(session) = session
             && let Ok(session) = String::from_utf8(session)
@@ -148,6 +170,7 @@ fn add(
                 .push(Found { keys, session });
         }
     }
+    count
 }
 
 /// Ends the sessions of those processes that are gone. Gives when the next one may be.
@@ -191,7 +214,7 @@ async fn clear(live: &mut Live, found: HashMap<String, Vec<Found>>) -> Option<Du
 }
 
 impl Monitor {
-    fn lock(&self) -> MutexGuard<'_, Vec<Arc<ServiceKeys>>> {
+    fn lock(&self) -> MutexGuard<'_, Vec<Arc<Watched>>> {
         self.watched.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

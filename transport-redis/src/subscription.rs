@@ -14,7 +14,6 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use crate::monitor::Watch;
 use crate::naming::ServiceKeys;
 use crate::settlement::RedisSettlement;
 use crate::taker::Taker;
@@ -48,11 +47,10 @@ impl RedisSubscription {
             stopping.clone(),
         )
         .await?;
-        let watch = Watch::new(shared, &keys);
         let done = stopped.clone().drop_guard();
         shared.workers.spawn(async move {
             taker.run().await;
-            drop((watch, done));
+            drop(done);
         });
         Ok(Self {
             buffer,

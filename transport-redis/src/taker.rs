@@ -1,5 +1,6 @@
 //! Takes work for a subscription: from the lobby while there is little, on a connection of its own while there is much.
 
+use std::mem;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,6 +16,7 @@ use crate::completer::millis;
 use crate::connection::{Backoff, Live};
 use crate::isolation::{Isolation, Plan};
 use crate::lobby::Seat;
+use crate::monitor::Watch;
 use crate::naming::ServiceKeys;
 use crate::registration::Refusal;
 use crate::session::{Session, Slots, Token};
@@ -41,6 +43,7 @@ pub(crate) struct Taker {
     pub(crate) next: u64,
     /// The monitors know that the session may hold work.
     known: bool,
+    watch: Watch,
 }
 
 /// Why taking ended, in one place or altogether.
@@ -75,6 +78,7 @@ impl Taker {
             session: Arc::clone(&session),
             next: 0,
             known: false,
+            watch: Watch::new(shared, keys),
         };
         match taker.join(&session, None).await {
             Ok(()) => {
@@ -374,7 +378,7 @@ impl Taker {
         let Some(mut claimed) = claimed else {
             return Err(Exit::Broken);
         };
-        let frames = std::mem::take(&mut claimed.frames);
+        let frames = mem::take(&mut claimed.frames);
         if frames.is_empty() {
             return match refused {
                 Some(_) => Err(Exit::Broken),
@@ -387,7 +391,9 @@ impl Taker {
             .map(|micros| micros / 1000)
             .or_else(|| self.shared.clock.now())
             .unwrap_or_default();
-        self.known = true;
+        if !mem::replace(&mut self.known, true) {
+            self.watch.warm();
+        }
         let first = self.next;
         self.next += frames.len() as u64;
         self.session.hold(frames.len());

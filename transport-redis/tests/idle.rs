@@ -51,11 +51,9 @@ async fn an_idle_server_of_many_services_costs_next_to_nothing() {
     let inbox = client.open_inbox().await.unwrap();
     let mut plain = broker.plain().await;
     // Unused, and after each of them was used.
-    for round in 0..2 {
+    for _ in 0..2 {
         within("all is quiet", async {
-            while commands(&mut plain).await > 10 * WATCHED.as_secs() {
-                assert!(round > 0, "nothing was asked of it");
-            }
+            while commands(&mut plain).await > 10 * WATCHED.as_secs() {}
         })
         .await;
         let connections = info(&mut plain, "clients", "connected_clients").await;
@@ -68,6 +66,8 @@ async fn an_idle_server_of_many_services_costs_next_to_nothing() {
     for _ in 0..50 {
         answer(&client, &services[7], &*inbox, &mut *subscriptions[7]).await;
     }
+    // Watching one of them closely does not mean all.
+    assert!(commands(&mut plain).await <= 10 * WATCHED.as_secs());
     drop(subscriptions);
     within("close", server.close()).await;
 }

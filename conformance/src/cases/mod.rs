@@ -7,6 +7,7 @@ mod clutch;
 mod competing;
 mod correlation;
 mod deadlines;
+mod drain;
 mod exclusive;
 mod faults;
 mod given_up;
@@ -14,6 +15,7 @@ mod leaks;
 mod long_calls;
 mod no_responder;
 mod nodes;
+mod offers;
 mod payload;
 mod poison;
 mod reconnect;
@@ -40,6 +42,8 @@ const GROUPS: &[&[Case]] = &[
     nodes::CASES,
     cancel::CASES,
     given_up::CASES,
+    offers::CASES,
+    drain::CASES,
     long_calls::CASES,
     channels::CASES,
     standby::CASES,

@@ -24,6 +24,8 @@ cases!("standby": [
     newcomer_takes_over: G10,
     newcomer_waits_for_what_runs: G10,
     newcomer_fences_off_a_deaf_owner: G10,
+    standby_has_all_or_none: G10,
+    standby_owns_a_second_time: G10,
 ]);
 
 /// A server that answers with its name.
@@ -236,4 +238,57 @@ async fn newcomer_fences_off_a_deaf_owner(bench: Bench) -> Verdict {
         Err(error) => same("what it is told", error.kind(), ErrorKind::AlreadyOwned),
         Ok(_) => Err(Stop::failed("the former owner takes", "it gets nothing")),
     }
+
+async fn standby_has_all_or_none(bench: Bench) -> Verdict {
+    let (free, taken) = (bench.service("free")?, bench.service("taken")?);
+    let owner = named_server(bench.server().await?.exclusive(), &taken, "owner");
+    let owner = start(owner).await?;
+    let heir = named_server(bench.server().await?.standby(), &free, "heir");
+    let heir = tokio::spawn(named_server(heir, &taken, "heir").start());
+    sleep(QUIET).await;
+    // What it could have and does not need yet is somebody else's for the asking.
+    let third = standing_by(&bench, &free, "third").await?;
+    let third = joined("who needs the free service only", third).await?;
+    let client = bench.client().await?;
+    for (service, name) in [(&free, "third"), (&taken, "owner")] {
+        let reply = ok("call", client.call_raw(service, "")).await?;
+        body_is("who answers while the owner lives", &reply.body, name)?;
+    }
+    ok("stop the owner", owner.shutdown()).await?;
+    sleep(2 * QUIET).await;
+    ensure("who stands by", !heir.is_finished(), "it waits for both")?;
+    ok("stop the third", third.shutdown()).await?;
+    let _heir = joined("who stands by", heir).await?;
+    for service in [&free, &taken] {
+        let reply = ok("call", client.call_raw(service, "")).await?;
+        body_is("who answers after both", &reply.body, "heir")?;
+    }
+    Ok(())
+}
+
+async fn standby_owns_a_second_time(bench: Bench) -> Verdict {
+    let service = bench.service("again")?;
+    let connected = bench.connect().await?;
+    let first = Server::new(connected.transport).standby();
+    let mut first = start(named_server(first, &service, "first")).await?;
+    let second = standing_by(&bench, &service, "second").await?;
+    let bound = bench.bounds().take_over + PROMPT;
+    connected.link.sever().await?;
+    let second = ended("who stands by", bound, second).await?;
+    let second = ok("take over", async { second }).await?;
+    connected.link.restore().await?;
+    let client = bench.client().await?;
+    let answers = async |name: &'static str| -> Verdict {
+        let reply = ok_within("call", bound, client.call_raw(&service, "")).await?;
+        body_is("who answers", &reply.body, name)
+    };
+    answers("second").await?;
+    ok("stop the second", second.shutdown()).await?;
+    answers("first").await?;
+    // It owns it as before: it can be asked for it.
+    let newcomer = named_server(bench.server().await?.take_over(), &service, "newcomer");
+    let _newcomer = ok_within("take over", bound, newcomer.start()).await?;
+    let error = within("the former owner is told", PROMPT, first.over()).await?;
+    same("what it is told", error.kind(), ErrorKind::AlreadyOwned)?;
+    answers("newcomer").await
 }

@@ -18,6 +18,7 @@ cases!("nodes": [
     enough_is_enough: G1,
     nobody_is_there_to_ask: G1,
     faults_are_answers: G5,
+    slow_answer_counts_once: G1,
     stopped_node_is_not_asked: G1,
     asked_in_a_burst: G1,
     asked_after_a_cut: G9,
@@ -185,6 +186,29 @@ async fn faults_are_answers(bench: Bench) -> Verdict {
         )?;
     }
     Ok(())
+}
+
+async fn slow_answer_counts_once(bench: Bench) -> Verdict {
+    let service = bench.service("slow")?;
+    let beat = Duration::from_millis(100);
+    let slow = async |body: Bytes| {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        Ok::<_, Fault>(body)
+    };
+    let mut servers = Vec::new();
+    for _ in 0..2 {
+        let server = bench.server().await?.node("one").heartbeat(beat);
+        servers.push(start(server.handle_raw(&service, slow)).await?);
+    }
+    let client = bench.client().await?;
+    let asked = client.ask_all_raw(&service, "").timeout(4 * PROMPT);
+    let gathered = ok_within("ask all", PROMPT, asked).await?;
+    same("how many answered", gathered.answers.len(), 2)?;
+    same(
+        "who did not answer",
+        gathered.silent.len() + gathered.unheard,
+        0,
+    )
 }
 
 async fn stopped_node_is_not_asked(bench: Bench) -> Verdict {

@@ -238,6 +238,7 @@ async fn newcomer_fences_off_a_deaf_owner(bench: Bench) -> Verdict {
         Err(error) => same("what it is told", error.kind(), ErrorKind::AlreadyOwned),
         Ok(_) => Err(Stop::failed("the former owner takes", "it gets nothing")),
     }
+}
 
 async fn standby_has_all_or_none(bench: Bench) -> Verdict {
     let (free, taken) = (bench.service("free")?, bench.service("taken")?);

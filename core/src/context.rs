@@ -8,11 +8,12 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::call::{Call, Notify};
-use crate::client::{Client, IntoServiceName};
+use crate::client::IntoServiceName;
 use crate::config;
 use crate::envelope::{CorrelationId, Headers, Reply, Request};
 use crate::error::Error;
-use crate::name::{ContentType, Method, Node, ReplyAddress};
+use crate::name::{ContentType, Method, ReplyAddress};
+use crate::service::Service;
 use crate::signal::{Signal, Signals};
 use crate::transport::Outbound;
 
@@ -29,8 +30,7 @@ pub(crate) struct Inner {
     pub(crate) deadline: Instant,
     /// Made when it is first asked for, or fires: most handlers end without either.
     pub(crate) cancellation: OnceLock<CancellationToken>,
-    pub(crate) client: Client,
-    pub(crate) node: Node,
+    pub(crate) service: Arc<Service>,
 }
 
 impl Inner {
@@ -115,7 +115,7 @@ impl Context {
         Out: serde::de::DeserializeOwned,
     {
         Call::json(
-            self.inner.client.clone(),
+            self.inner.service.client.clone(),
             service.into_service_name(),
             input,
         )
@@ -126,7 +126,7 @@ impl Context {
     /// deadline.
     pub fn call_raw(&self, service: impl IntoServiceName, body: impl Into<Bytes>) -> Call<Reply> {
         Call::raw(
-            self.inner.client.clone(),
+            self.inner.service.client.clone(),
             service.into_service_name(),
             body.into(),
         )
@@ -142,7 +142,7 @@ impl Context {
         input: &(impl serde::Serialize + ?Sized),
     ) -> Notify {
         Notify::one_way_json(
-            self.inner.client.clone(),
+            self.inner.service.client.clone(),
             service.into_service_name(),
             input,
         )
@@ -153,7 +153,7 @@ impl Context {
     /// request's deadline.
     pub fn notify_raw(&self, service: impl IntoServiceName, body: impl Into<Bytes>) -> Notify {
         Notify::one_way_raw(
-            self.inner.client.clone(),
+            self.inner.service.client.clone(),
             service.into_service_name(),
             body.into(),
         )
@@ -178,20 +178,24 @@ impl Context {
     /// # Errors
     /// As of [`progress`](Self::progress).
     pub async fn progress_raw(&self, value: impl Into<Bytes>) -> Result<(), Error> {
-        let Inner { request, node, .. } = &*self.inner;
+        let Inner {
+            request, service, ..
+        } = &*self.inner;
         // Its caller would not understand a progress, if it wants no signals.
         let (Some(to), true) = (&request.reply_to, request.signals != Signals::None) else {
             return Ok(());
         };
         let body = value.into();
-        config::check_size(body.len(), self.inner.client.config().max_body)?;
-        let signal = Signal::Progress { node: node.clone() };
+        config::check_size(body.len(), service.client.config().max_body)?;
+        let signal = Signal::Progress {
+            node: service.node.clone(),
+        };
         let reply = Reply {
             body,
             ..Reply::signal(request.id.clone(), signal)
         };
         let (to, reply) = (to.clone(), Arc::new(reply));
-        self.inner
+        service
             .client
             .transport()
             .send(Outbound::Reply { to, reply })

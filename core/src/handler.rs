@@ -2,8 +2,9 @@
 
 use std::future::Future;
 use std::marker::PhantomData;
+use std::pin::Pin;
+use std::sync::Arc;
 
-use async_trait::async_trait;
 use bytes::Bytes;
 
 use crate::context::Context;
@@ -144,28 +145,28 @@ fn json_response(output: &impl serde::Serialize) -> Result<Response, Failure> {
     }
 }
 
+/// A handler at work.
+pub(crate) type Handling = Pin<Box<dyn Future<Output = Result<Response, Failure>> + Send>>;
+
 /// A handler whose types are forgotten.
-#[async_trait]
 pub(crate) trait AnyHandler: Send + Sync {
-    async fn handle(&self, body: Bytes, context: Context) -> Result<Response, Failure>;
+    fn handle(self: Arc<Self>, body: Bytes, context: Context) -> Handling;
 }
 
 #[cfg(feature = "json")]
 pub(crate) struct Json<H, Args>(pub(crate) H, pub(crate) PhantomData<fn(Args)>);
 
 #[cfg(feature = "json")]
-#[async_trait]
 impl<H: Handler<Args>, Args: 'static> AnyHandler for Json<H, Args> {
-    async fn handle(&self, body: Bytes, context: Context) -> Result<Response, Failure> {
-        self.0.handle(body, context).await
+    fn handle(self: Arc<Self>, body: Bytes, context: Context) -> Handling {
+        Box::pin(async move { self.0.handle(body, context).await })
     }
 }
 
 pub(crate) struct Raw<H, Args>(pub(crate) H, pub(crate) PhantomData<fn(Args)>);
 
-#[async_trait]
 impl<H: RawHandler<Args>, Args: 'static> AnyHandler for Raw<H, Args> {
-    async fn handle(&self, body: Bytes, context: Context) -> Result<Response, Failure> {
-        self.0.handle(body, context).await
+    fn handle(self: Arc<Self>, body: Bytes, context: Context) -> Handling {
+        Box::pin(async move { self.0.handle(body, context).await })
     }
 }

@@ -4,6 +4,7 @@
 //! the conformance cases that check it; `docs/writing-a-transport.md` is the guided tour.
 
 use std::fmt::Debug;
+use std::pin::Pin;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -338,6 +339,9 @@ pub enum SubscriptionEvent {
     Closed(Error),
 }
 
+/// A settlement under way.
+pub(crate) type Settling = Pin<Box<dyn Future<Output = Result<(), Error>> + Send>>;
+
 /// One request in one server's hands. It is settled once, by value; dropped unsettled, it is delivered again with
 /// its attempt counted.
 #[derive(Debug)]
@@ -350,7 +354,7 @@ pub struct Delivery {
     /// as the broker judges it. Never early. None from a plain peer that set no deadline.
     pub expires: Option<Instant>,
     /// Cancelled when the lease under which it is held is lost.
-    pub lease: CancellationToken,
+    pub lease: Arc<CancellationToken>,
     /// It may have been in its queue before this server could be told that it is given up: before the subscription, or its connection's
     /// recovery. Its caller is asked then. False, the default, if what is given up is withdrawn from the queue.
     /// *Checked by* `given_up/*`.
@@ -365,14 +369,14 @@ impl Delivery {
         request: impl Into<Arc<Request>>,
         attempt: u32,
         expires: Option<Instant>,
-        lease: CancellationToken,
+        lease: impl Into<Arc<CancellationToken>>,
         settlement: Box<dyn Settlement>,
     ) -> Self {
         Self {
             request: request.into(),
             attempt,
             expires,
-            lease,
+            lease: lease.into(),
             waited: false,
             settlement,
         }
@@ -397,10 +401,7 @@ impl Delivery {
     }
 
     /// As [`reply`](Self::reply), with a reply of which somebody else has a share.
-    pub(crate) fn reply_shared(
-        self,
-        reply: Option<Arc<Reply>>,
-    ) -> impl Future<Output = Result<(), Error>> + Send + use<> {
+    pub(crate) fn reply_shared(self, reply: Option<Arc<Reply>>) -> Settling {
         self.settlement.settle(Settle::Reply(reply))
     }
 

@@ -50,7 +50,7 @@ pub(crate) struct Taken {
 #[derive(Debug)]
 pub(crate) enum Claim {
     /// Some were taken, under this lease.
-    Taken(CancellationToken),
+    Taken(Arc<CancellationToken>),
     /// None now; ask again when woken, or at this time.
     Wait(Option<Instant>),
     /// None ever again.

@@ -1,5 +1,6 @@
 //! One subscription as its queue sees it.
 
+use std::sync::Arc;
 use std::task::Waker;
 
 use antiphon_core::Error;
@@ -22,7 +23,7 @@ pub(crate) struct Session {
     /// In the queue's list of those that a new request may wake.
     pub(crate) idle: bool,
     /// The lease under which all that it holds is held.
-    pub(crate) lease: CancellationToken,
+    pub(crate) lease: Arc<CancellationToken>,
     /// When the lease ends, while the connection is paused and cannot renew it.
     pub(crate) lease_ends: Option<Instant>,
     /// The subscription was dropped; nobody will ask again.
@@ -50,7 +51,7 @@ impl Session {
             isolated: false,
             waker: None,
             idle: false,
-            lease: CancellationToken::new(),
+            lease: Arc::default(),
             lease_ends: None,
             abandoned: false,
         }

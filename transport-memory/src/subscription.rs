@@ -71,7 +71,7 @@ impl Subscription for MemorySubscription {
                                 taken.request,
                                 taken.attempt,
                                 taken.expires,
-                                lease.clone(),
+                                Arc::clone(&lease),
                                 Box::new(settlement),
                             )
                         };

@@ -30,7 +30,7 @@ async fn next(inbox: &mut dyn Inbox) -> Verdict<Reply> {
                 // One is sent at a time here.
                 for incoming in replies {
                     if let Incoming::Reply(reply) = incoming {
-                        return Ok(reply);
+                        return Ok(Arc::unwrap_or_clone(reply));
                     }
                 }
             }
@@ -43,7 +43,10 @@ async fn next(inbox: &mut dyn Inbox) -> Verdict<Reply> {
 }
 
 async fn send(transport: &dyn Transport, to: ReplyAddress, reply: Reply) -> Verdict {
-    let message = Outbound::Reply { to, reply };
+    let message = Outbound::Reply {
+        to,
+        reply: reply.into(),
+    };
     ok_within("send", PROMPT, transport.send(message)).await
 }
 
@@ -63,7 +66,7 @@ async fn unheard_offer_goes_back(bench: Bench) -> Verdict {
     request.signals = Signals::Offer;
     let message = Outbound::Request {
         service,
-        request,
+        request: request.into(),
         expect_responder: false,
         ticket: Ticket::new(),
     };

@@ -184,7 +184,7 @@ impl Desk {
             .map(|deadline| Instant::now() + deadline.budget);
         // Each server has a copy of its own: nobody else executes this one.
         let lease = CancellationToken::new();
-        let delivery = Delivery::new(request.into(), 1, expires, lease, Box::new(settlement));
+        let delivery = Delivery::new(request, 1, expires, lease, Box::new(settlement));
         let serve = Arc::clone(service).serve(delivery);
         let serve = async move {
             if let Some(Some(word)) = word {

@@ -109,7 +109,7 @@ impl State {
         }
         session.held += taken.len();
         session.waker = None;
-        let lease = session.lease.clone();
+        let lease = Arc::clone(&session.lease);
         self.stop_waiting(key);
         self.pass_on(effects);
         Claim::Taken(lease)
@@ -378,7 +378,7 @@ impl Queued {
 pub(super) struct Effects {
     waker: Option<Waker>,
     wakers: Vec<Waker>,
-    leases: Vec<CancellationToken>,
+    leases: Vec<Arc<CancellationToken>>,
     /// When the first of the requests that came back expires.
     expires: Option<Instant>,
 }

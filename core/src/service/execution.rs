@@ -1,0 +1,451 @@
+//! The execution of one request: refused, or handled, and settled.
+
+use std::any::Any;
+use std::panic::AssertUnwindSafe;
+use std::pin::Pin;
+use std::sync::{Arc, OnceLock};
+use std::task::{self, Poll, Waker};
+
+use futures_util::FutureExt;
+use futures_util::future::CatchUnwind;
+use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::CancellationToken;
+
+use super::Service;
+use crate::config;
+use crate::context::{self, Context};
+use crate::envelope::{CorrelationId, Outcome, Reply};
+use crate::error::{Error, ErrorKind, Executed};
+use crate::fault::{Code, Fault};
+use crate::handler::{AnyHandler, Failure, Handling, Response};
+use crate::name::ReplyAddress;
+use crate::server::{KeptTo, count};
+use crate::signal::{Signal, Signals};
+use crate::transport::{Delivery, Settling};
+
+/// What is left of an execution where something was not ready at its first poll.
+pub(super) enum Left {
+    Handler(Box<Begun>),
+    Settlement(Answered),
+    Unsettled(Error, Unsent),
+}
+
+/// A request whose handler runs.
+pub(super) struct Begun {
+    delivery: Delivery,
+    context: Context,
+    running: CatchUnwind<AssertUnwindSafe<Handling>>,
+    at: Instant,
+}
+
+/// A request that is being settled.
+pub(super) struct Answered {
+    settling: Settling,
+    /// None if there is no reply.
+    unsent: Option<Unsent>,
+}
+
+/// A reply that may have to be kept.
+pub(super) struct Unsent {
+    to: ReplyAddress,
+    reply: Arc<Reply>,
+    /// Until when somebody waits for it.
+    expires: Option<Instant>,
+}
+
+/// How a handler ended, if not by a panic.
+type Handled = Result<Result<Response, Failure>, Box<dyn Any + Send>>;
+
+impl Service {
+    /// Executes a request as far as it goes without waiting, which most go to their end: what waits carries places for all
+    /// that it may wait for. `now` moves on.
+    ///
+    /// Nothing is woken by this: what is left must be [finished](Self::finish), which polls again.
+    pub(super) fn begin(self: &Arc<Self>, delivery: Delivery, now: &mut Instant) -> Option<Left> {
+        let at = *now;
+        let deadline = delivery
+            .expires
+            .unwrap_or_else(|| at + self.config.default_timeout);
+        let handler = match self.admit(&delivery, deadline <= at) {
+            Ok(handler) => handler,
+            Err(fault) => {
+                let refused = Failed::refused(fault, delivery.attempt);
+                return self.settle_once(self.answer(delivery, Err(refused)));
+            }
+        };
+        // It may have waited for its turn since it was taken. Dropped unsettled, it goes to another server.
+        if self.kill.is_cancelled() || delivery.lease.is_cancelled() {
+            return None;
+        }
+        let context = self.context(&delivery, deadline);
+        let running = Arc::clone(handler).handle(delivery.request.body.clone(), context.clone());
+        let mut running = AssertUnwindSafe(running).catch_unwind();
+        let polled = poll_once(&mut running);
+        *now = Instant::now();
+        match polled {
+            Poll::Ready(handled) => {
+                self.counters.took(*now - at);
+                let outcome = self.outcome(handled, delivery.attempt);
+                self.settle_once(self.answer(delivery, outcome))
+            }
+            Poll::Pending => Some(Left::Handler(Box::new(Begun {
+                delivery,
+                context,
+                running,
+                at,
+            }))),
+        }
+    }
+
+    /// Takes what [`begin`](Self::begin) left to its end.
+    pub(super) async fn finish(self: Arc<Self>, left: Left) {
+        let answered = match left {
+            Left::Unsettled(error, unsent) => {
+                return self.keep_or_count(&error, Some(&unsent), false).await;
+            }
+            Left::Settlement(answered) => answered,
+            Left::Handler(mut begun) => {
+                let supervised = self.supervise(&mut begun).await;
+                self.counters.took(begun.at.elapsed());
+                let Begun { delivery, .. } = *begun;
+                let outcome = match supervised {
+                    Supervised::Ended(handled) => self.outcome(handled, delivery.attempt),
+                    Supervised::Overdue(why) => Err(self.overdue(why)),
+                    Supervised::Killed => return, // Dropped unsettled: the request goes to another server.
+                };
+                self.answer(delivery, outcome)
+            }
+        };
+        let Answered { settling, unsent } = answered;
+        let (settled, kept) = match &unsent {
+            Some(unsent) if self.outbox.is_durable() => {
+                Box::pin(self.settled_or_kept(settling, unsent)).await
+            }
+            _ => (self.settled(settling).await, false),
+        };
+        if let Some(Err(error)) = settled {
+            self.keep_or_count(&error, unsent.as_ref(), kept).await;
+        }
+    }
+
+    fn settle_once(&self, mut answered: Answered) -> Option<Left> {
+        match (poll_once(&mut answered.settling), answered.unsent.take()) {
+            (Poll::Ready(Ok(())), _) => None,
+            (Poll::Ready(Err(error)), Some(unsent)) => Some(Left::Unsettled(error, unsent)),
+            (Poll::Ready(Err(error)), None) => {
+                self.unsettled(&error);
+                None
+            }
+            (Poll::Pending, unsent) => Some(Left::Settlement(Answered { unsent, ..answered })),
+        }
+    }
+
+    /// What is to be done with a request by what came of it.
+    fn answer(&self, delivery: Delivery, outcome: Result<Response, Failed>) -> Answered {
+        let expires = delivery.expires;
+        let Some(to) = delivery.request.reply_to.clone() else {
+            let settling = self.end_one_way(delivery, outcome);
+            return Answered {
+                settling,
+                unsent: None,
+            };
+        };
+        let reply = Arc::new(self.reply(delivery.request.id.clone(), outcome));
+        let unsent = Unsent {
+            to,
+            reply: Arc::clone(&reply),
+            expires,
+        };
+        Answered {
+            settling: delivery.reply_shared(Some(reply)),
+            unsent: Some(unsent),
+        }
+    }
+
+    fn end_one_way(&self, delivery: Delivery, outcome: Result<Response, Failed>) -> Settling {
+        match outcome {
+            // Nobody would hear of the refusal, and an accepted request is never silently gone.
+            Err(Failed { fault, executed })
+                if executed != Executed::Yes && fault.code() != Code::DeadlineExceeded =>
+            {
+                count(&self.counters.dead_lettered);
+                Box::pin(delivery.dead_letter(fault.to_string(), None))
+            }
+            outcome => {
+                if let Err(Failed { fault, .. }) = outcome {
+                    tracing::warn!(service = %self.name, %fault, "a one-way request failed");
+                }
+                delivery.reply_shared(None)
+            }
+        }
+    }
+
+    /// A reply that the connection was lost under is kept until it is back; all else is counted. It may be kept already.
+    async fn keep_or_count(&self, error: &Error, unsent: Option<&Unsent>, kept: bool) {
+        let kept = match (unsent, error.kind()) {
+            (Some(unsent), ErrorKind::ConnectionLost) => self.keep(unsent, KeptTo::Send).await,
+            // Not ours to send any more; but should the request come here again, it need not run again.
+            (Some(unsent), ErrorKind::LostLease) if !kept => {
+                self.keep(unsent, KeptTo::Answer).await;
+                false
+            }
+            _ => false,
+        };
+        if kept {
+            tracing::info!(service = %self.name, %error, "a reply is kept until the broker is back");
+        } else {
+            self.unsettled(error);
+        }
+    }
+
+    /// Waits for a settlement, and keeps the reply as soon as the connection is away: some transports settle only when it is
+    /// back or the lease is over, and the process may not live as long. True if it is kept.
+    async fn settled_or_kept(
+        &self,
+        mut settling: Settling,
+        unsent: &Unsent,
+    ) -> (Option<Result<(), Error>>, bool) {
+        tokio::select! {
+            biased;
+            settled = self.settled(&mut settling) => return (settled, false),
+            () = self.outbox.away() => {}
+        }
+        let kept = self.keep(unsent, KeptTo::Answer).await;
+        let settled = self.settled(settling).await;
+        if kept && matches!(settled, Some(Ok(()))) {
+            self.outbox.forget(&unsent.reply.id, &unsent.to);
+        }
+        (settled, kept)
+    }
+
+    /// Keeps a reply until its deadline. False if that is not possible.
+    async fn keep(&self, unsent: &Unsent, kept_to: KeptTo) -> bool {
+        let expires = unsent
+            .expires
+            .unwrap_or_else(|| Instant::now() + self.config.default_timeout);
+        let reply = Arc::clone(&unsent.reply);
+        let kept = Box::pin(self.outbox.keep(&unsent.to, reply, expires, kept_to)).await;
+        if !kept {
+            count(&self.counters.not_kept);
+        }
+        kept
+    }
+
+    /// The handler that may start on a request, or why none may.
+    fn admit(&self, delivery: &Delivery, expired: bool) -> Result<&Arc<dyn AnyHandler>, Fault> {
+        let request = &delivery.request;
+        if expired {
+            count(&self.counters.expired);
+            return Err(Fault::new(
+                Code::DeadlineExceeded,
+                "the request had expired in the queue",
+            ));
+        }
+        if config::check_size(request.body.len(), self.config.max_body).is_err() {
+            let message = format!(
+                "a body of {} bytes is over the server's limit",
+                request.body.len()
+            );
+            return Err(Fault::new(Code::ResourceExhausted, message));
+        }
+        self.handlers.get(&request.method).ok_or_else(|| {
+            let message = match &request.method {
+                Some(method) => format!("{} has no method {method}", self.name),
+                None => format!("{} wants a method", self.name),
+            };
+            Fault::new(Code::Unimplemented, message)
+        })
+    }
+
+    /// What a handler's end means.
+    fn outcome(&self, handled: Handled, attempt: u32) -> Result<Response, Failed> {
+        let ended = match handled {
+            Ok(Err(Failure::Undecodable(reason))) => {
+                let fault = Fault::new(Code::InvalidArgument, reason);
+                return Err(Failed::refused(fault, attempt));
+            }
+            Ok(Ok(response)) => Ok(response),
+            Ok(Err(Failure::Fault(fault))) => Err(Failed::executed(fault)),
+            Err(panic) => {
+                let message = panic_message(&*panic);
+                tracing::error!(service = %self.name, message, "a handler panicked");
+                let message = format!("the handler panicked: {message}");
+                Err(Failed::executed(Fault::new(Code::Internal, message)))
+            }
+        };
+        count(&self.counters.handled);
+        ended
+    }
+
+    fn overdue(&self, why: Why) -> Failed {
+        tracing::warn!(service = %self.name, "a handler did not end after its cancellation and was dropped");
+        count(&self.counters.handled);
+        Failed::executed(match why {
+            Why::Deadline => Fault::new(
+                Code::DeadlineExceeded,
+                "the handler did not end by the deadline",
+            ),
+            Why::GivenUp => Fault::new(Code::Cancelled, "the caller gave the call up"),
+        })
+    }
+
+    /// Waits for a handler, firing its cancellation at the deadline, when its lease is lost, and when its caller has given up
+    /// or is gone; and says meanwhile that it runs.
+    async fn supervise(&self, begun: &mut Begun) -> Supervised {
+        let Begun {
+            delivery,
+            context,
+            running,
+            ..
+        } = begun;
+        let given_up = CancellationToken::new();
+        let _entered = self.running.enter(&delivery.request.id, given_up.clone());
+        let why = tokio::select! {
+            biased;
+            ended = &mut *running => return Supervised::Ended(ended),
+            () = sleep_until(context.deadline()) => Why::Deadline,
+            () = delivery.lease.cancelled() => Why::Deadline,
+            () = given_up.cancelled() => Why::GivenUp,
+            () = self.heartbeats(delivery) => Why::GivenUp,
+            () = self.kill.cancelled() => {
+                context.cancellation().cancel();
+                return Supervised::Killed;
+            }
+        };
+        context.cancellation().cancel();
+        tokio::select! {
+            biased;
+            ended = &mut *running => Supervised::Ended(ended),
+            () = sleep_until(Instant::now() + self.config.grace) => Supervised::Overdue(why),
+            () = self.kill.cancelled() => Supervised::Killed,
+        }
+    }
+
+    /// Says again and again that the handler runs. Ends only if the caller is gone.
+    async fn heartbeats(&self, delivery: &Delivery) {
+        let (Some(to), Signals::Running | Signals::Offer) =
+            (&delivery.request.reply_to, delivery.request.signals)
+        else {
+            return std::future::pending().await;
+        };
+        let every = self.config.heartbeat;
+        // Whoever waits has heard nothing since the server died that had it before.
+        let mut next = match delivery.attempt {
+            1 => Instant::now() + every,
+            _ => Instant::now(),
+        };
+        loop {
+            sleep_until(next).await;
+            let signal = Signal::Running {
+                node: self.node.clone(),
+                every,
+            };
+            if !self.say(delivery, to, signal).await {
+                return;
+            }
+            next = (next + every).max(Instant::now());
+        }
+    }
+
+    fn context(self: &Arc<Self>, delivery: &Delivery, deadline: Instant) -> Context {
+        let inner = context::Inner {
+            request: Arc::clone(&delivery.request),
+            attempt: delivery.attempt,
+            deadline,
+            cancellation: OnceLock::new(),
+            service: Arc::clone(self),
+        };
+        Context {
+            inner: Arc::new(inner),
+        }
+    }
+
+    fn reply(&self, id: CorrelationId, outcome: Result<Response, Failed>) -> Reply {
+        let Failed { fault, executed } = match outcome {
+            Ok(Response {
+                body,
+                content_type,
+                headers,
+            }) if body.len() <= self.config.max_body => {
+                return Reply {
+                    id,
+                    outcome: Outcome::Value,
+                    headers,
+                    content_type,
+                    node: None,
+                    body,
+                };
+            }
+            Ok(Response { body, .. }) => {
+                let message = format!("a reply of {} bytes is over the server's limit", body.len());
+                Failed {
+                    fault: Fault::new(Code::ResourceExhausted, message),
+                    executed: Executed::Yes,
+                }
+            }
+            Err(Failed { fault, executed }) if fault.details_size() > self.config.max_body => {
+                Failed {
+                    fault: fault.without_details(),
+                    executed,
+                }
+            }
+            Err(failed) => failed,
+        };
+        count(&self.counters.faults);
+        Reply::fault(id, fault, executed)
+    }
+}
+
+/// Why there is no answer.
+struct Failed {
+    fault: Fault,
+    executed: Executed,
+}
+
+impl Failed {
+    /// What is refused without a handler was not executed, if no other server had it before.
+    fn refused(fault: Fault, attempt: u32) -> Self {
+        let executed = match attempt {
+            1 => Executed::No,
+            _ => Executed::Maybe,
+        };
+        Self { fault, executed }
+    }
+
+    /// What a handler was started for, and did not do.
+    fn executed(fault: Fault) -> Self {
+        Self {
+            fault,
+            executed: Executed::Yes,
+        }
+    }
+}
+
+/// How a handler's run ended.
+enum Supervised {
+    Ended(Handled),
+    /// Cancelled, and not ended within the grace.
+    Overdue(Why),
+    Killed,
+}
+
+/// Why a handler was cancelled.
+enum Why {
+    /// Its deadline has passed, or its lease is lost.
+    Deadline,
+    /// Its caller has given up, or is gone.
+    GivenUp,
+}
+
+/// Polls a future that is polled again, if it is not ready: this poll wakes nobody.
+fn poll_once<F: Future + Unpin>(future: &mut F) -> Poll<F::Output> {
+    Pin::new(future).poll(&mut task::Context::from_waker(Waker::noop()))
+}
+
+fn panic_message(panic: &(dyn Any + Send)) -> &str {
+    match (panic.downcast_ref::<&str>(), panic.downcast_ref::<String>()) {
+        (Some(message), _) => message,
+        (None, Some(message)) => message,
+        (None, None) => "(no message)",
+    }
+}

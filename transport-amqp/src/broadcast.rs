@@ -5,7 +5,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, timeout_at};
 
 use crate::error::closed;
-use crate::naming::{self, QueueNames, TO_ALL};
+use crate::naming::{self, TO_ALL};
 use crate::prober::Prober;
 use crate::publisher::{Job, OutgoingRequest, What};
 
@@ -21,7 +21,7 @@ pub(crate) async fn broadcast(
     service: &ServiceName,
     request: Request,
 ) -> Result<Option<usize>, Error> {
-    let queue = QueueNames::new(service)?.main;
+    let queue = naming::main_queue(service)?;
     // Who wants no answer need not know how many would come.
     let is_counted = request.reply_to.is_some();
     let deadline = request

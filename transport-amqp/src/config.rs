@@ -35,7 +35,7 @@ pub struct AmqpConfig {
     pub node_queue_expires: Duration,
     /// The largest AMQP frame, in bytes. Larger bodies take several frames, but all headers of a message must fit into one: the
     /// broker splits them for nobody, so a message with larger ones than this, from any peer, would end the connection each time
-    /// that it is delivered. Each of the two connections takes about 64 times as much memory.
+    /// that it is delivered. The connection that consumes takes about 64 times as much memory.
     /// Default: 128 KiB, as the broker and other clients have it; at least 4 KiB.
     pub frame_max: u32,
     uri: AMQPUri,

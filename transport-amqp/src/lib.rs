@@ -18,14 +18,17 @@ mod link;
 mod message;
 mod naming;
 mod outlet;
+mod press;
 mod prober;
 mod publisher;
 mod recovery;
 mod refused;
+mod roller;
 mod settle;
 mod subscription;
 mod topology;
 mod transport;
+mod wire;
 
 pub use config::{AmqpConfig, QueueType};
 #[cfg(feature = "conformance")]

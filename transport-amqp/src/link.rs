@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use futures_util::{FutureExt, StreamExt};
-use lapin::options::{ConfirmSelectOptions, QueueDeclareOptions};
+use lapin::options::QueueDeclareOptions;
 use lapin::types::{FieldTable, ShortString};
 use lapin::{Channel, Connection, Event, Queue};
 use tokio::sync::watch;
@@ -19,6 +19,7 @@ use uuid::Uuid;
 use crate::config::AmqpConfig;
 use crate::dial::{Grip, dial};
 use crate::error::Failure;
+use crate::press::{Press, PressChannel};
 
 /// No single operation on a live connection takes longer; one that does counts as a lost connection.
 const OPERATION_TIMEOUT: Duration = Duration::from_secs(5);
@@ -37,33 +38,61 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 const STATUS_CHECK: Duration = Duration::from_millis(200);
 
 /// A connection that is there most of the time.
-#[derive(Clone, Debug)]
-pub(crate) struct Link {
+#[derive(Debug)]
+pub(crate) struct Link<S = Session> {
     /// The present state.
-    pub(crate) state: watch::Receiver<LinkState>,
+    pub(crate) state: watch::Receiver<LinkState<S>>,
     /// Why the broker takes nothing from us for now.
     pub(crate) blocked: watch::Receiver<Option<Arc<str>>>,
 }
 
-#[derive(Clone, Debug)]
-pub(crate) enum LinkState {
-    Up(Arc<Session>),
+#[derive(Debug)]
+pub(crate) enum LinkState<S = Session> {
+    Up(Arc<S>),
     Down(Arc<str>),
     Closed,
 }
 
-/// One life of a connection.
+/// Where it is told whether the broker takes anything from us, and if not, why.
+pub(crate) type Blocked = watch::Sender<Option<Arc<str>>>;
+
+/// One life of a connection, from its handshake to its loss.
+pub(crate) trait Life: Send + Sync + Sized + 'static {
+    /// Connects within `limit`. **Cancel safety**: dropping the future ends whatever was begun.
+    fn begin(
+        config: &AmqpConfig,
+        name: &'static str,
+        limit: Duration,
+        number: u64,
+        blocked: Blocked,
+    ) -> impl Future<Output = Result<Self, Failure>> + Send;
+
+    /// 1 for the first one, and so on.
+    fn number(&self) -> u64;
+
+    /// Resolves when it is lost, and says why.
+    fn over(&self) -> impl Future<Output = String> + Send;
+
+    /// Ends it at once, whatever the peer does: all who use it are told.
+    fn cut(&self);
+
+    /// Ends it politely, if the peer answers soon.
+    fn close(&self) -> impl Future<Output = ()> + Send;
+}
+
+/// One life of a connection of the client library's.
 #[derive(Debug)]
 pub(crate) struct Session {
     /// 1 for the first one, and so on.
     pub(crate) number: u64,
+    name: &'static str,
     connection: Held,
     grip: Grip,
-    blocked: watch::Receiver<Option<Arc<str>>>,
+    blocked: Blocked,
 }
 
-/// A channel on its way; `None` if it did not come, and another may be tried.
-pub(crate) type Opening = BoxFuture<'static, Option<Channel>>;
+/// A channel to publish on, on its way; `None` if it did not come, and another may be tried.
+pub(crate) type Opening = BoxFuture<'static, Option<PressChannel>>;
 
 struct Held(Connection);
 
@@ -73,16 +102,16 @@ impl std::fmt::Debug for Held {
     }
 }
 
-impl Link {
+impl<S: Life> Link<S> {
     /// Connects, once, and stays connected until `closed` is cancelled.
     pub(crate) async fn connect(
         config: &AmqpConfig,
         name: &'static str,
         closed: CancellationToken,
-    ) -> Result<(Self, impl Future<Output = ()> + Send + use<>), Failure> {
-        let dialled = dial(config, name, config.connect_timeout).await?;
+    ) -> Result<(Self, impl Future<Output = ()> + Send + use<S>), Failure> {
         let (blocked, blocked_receiver) = watch::channel(None);
-        let session = Session::new(1, dialled, blocked_receiver.clone());
+        let limit = config.connect_timeout;
+        let session = Arc::new(S::begin(config, name, limit, 1, blocked.clone()).await?);
         let (state, receiver) = watch::channel(LinkState::Up(Arc::clone(&session)));
         let supervisor = Supervisor {
             config: config.clone(),
@@ -99,7 +128,7 @@ impl Link {
     }
 
     /// The present connection, if there is one.
-    pub(crate) fn session(&self) -> Option<Arc<Session>> {
+    pub(crate) fn session(&self) -> Option<Arc<S>> {
         self.state.borrow().session()
     }
 
@@ -108,7 +137,7 @@ impl Link {
     }
 
     /// Waits for a connection; `None` once the link is closed.
-    pub(crate) async fn next_session(&mut self) -> Option<Arc<Session>> {
+    pub(crate) async fn next_session(&mut self) -> Option<Arc<S>> {
         let state = self
             .state
             .wait_for(|state| !matches!(state, LinkState::Down(_)))
@@ -120,8 +149,17 @@ impl Link {
     }
 }
 
-impl LinkState {
-    pub(crate) fn session(&self) -> Option<Arc<Session>> {
+impl<S> Clone for Link<S> {
+    fn clone(&self) -> Self {
+        Self {
+            state: self.state.clone(),
+            blocked: self.blocked.clone(),
+        }
+    }
+}
+
+impl<S> LinkState<S> {
+    pub(crate) fn session(&self) -> Option<Arc<S>> {
         match self {
             Self::Up(session) => Some(Arc::clone(session)),
             Self::Down(_) | Self::Closed => None,
@@ -129,57 +167,87 @@ impl LinkState {
     }
 }
 
-impl Session {
-    fn new(
+impl<S> Clone for LinkState<S> {
+    fn clone(&self) -> Self {
+        match self {
+            Self::Up(session) => Self::Up(Arc::clone(session)),
+            Self::Down(reason) => Self::Down(Arc::clone(reason)),
+            Self::Closed => Self::Closed,
+        }
+    }
+}
+
+impl Life for Session {
+    async fn begin(
+        config: &AmqpConfig,
+        name: &'static str,
+        limit: Duration,
         number: u64,
-        (connection, grip): (Connection, Grip),
-        blocked: watch::Receiver<Option<Arc<str>>>,
-    ) -> Arc<Self> {
-        Arc::new(Self {
+        blocked: Blocked,
+    ) -> Result<Self, Failure> {
+        let (connection, grip) = dial(config, name, limit).await?;
+        Ok(Self {
             number,
+            name,
             connection: Held(connection),
             grip,
             blocked,
         })
     }
 
+    fn number(&self) -> u64 {
+        self.number
+    }
+
+    async fn over(&self) -> String {
+        let connection = &self.connection.0;
+        let mut events = std::pin::pin!(connection.events_listener());
+        let mut reason = String::from("the connection was closed");
+        loop {
+            let event = tokio::select! {
+                event = events.next() => event,
+                () = self.grip.cut_off() => return "the broker does not answer".to_owned(),
+                () = sleep(STATUS_CHECK) => None,
+            };
+            match event {
+                Some(Event::ConnectionBlocked(why)) => {
+                    tracing::warn!(connection = self.name, why, "the broker blocks");
+                    self.blocked.send_replace(Some(why.into()));
+                }
+                Some(Event::ConnectionUnblocked) => {
+                    self.blocked.send_replace(None);
+                }
+                // Errors of single channels come here too; only the status tells whether all is lost.
+                Some(Event::Error(error)) => reason = error.to_string(),
+                _ => {}
+            }
+            if !self.is_alive() {
+                return reason;
+            }
+        }
+    }
+
+    fn cut(&self) {
+        self.grip.cut();
+    }
+
+    async fn close(&self) {
+        let close = self.connection.0.close(200, "OK".into());
+        let _ = timeout(CLOSE_TIMEOUT, close).await;
+        self.grip.cut();
+    }
+}
+
+impl Session {
     /// Opens a channel.
     pub(crate) async fn channel(&self) -> Result<Channel, Failure> {
         let opened = bounded("channel.open", self.connection.0.create_channel()).await;
-        self.suspect_late(opened)
-    }
-
-    /// Opens a channel on which the broker confirms what is published.
-    async fn confirm_channel(&self) -> Result<Channel, Failure> {
-        let channel = self.channel().await?;
-        let select = channel.confirm_select(ConfirmSelectOptions::default());
-        self.suspect_late(bounded("confirm.select", select).await)?;
-        Ok(channel)
-    }
-
-    /// A channel to publish on.
-    pub(crate) fn open_publishing(self: Arc<Self>) -> Opening {
-        async move {
-            match self.confirm_channel().await {
-                Ok(channel) => Some(channel),
-                Err(failure) => {
-                    tracing::debug!(%failure, "no channel to publish on");
-                    // A connection that is just going down says so at once, again and again.
-                    sleep(backoff(0)).await;
-                    None
-                }
-            }
-        }
-        .boxed()
-    }
-
-    /// Nothing but the broker stands behind the answer to such a question: none means that the connection is dead. While the broker
-    /// blocks us it answers nothing, and the connection is well.
-    fn suspect_late<T>(&self, answer: Result<T, Failure>) -> Result<T, Failure> {
-        if matches!(answer, Err(Failure::TimedOut(_))) && self.blocked.borrow().is_none() {
+        // Nothing but the broker stands behind the answer: none means that the connection is dead. While the broker blocks us it
+        // answers nothing, and the connection is well.
+        if matches!(opened, Err(Failure::TimedOut(_))) && self.blocked.borrow().is_none() {
             self.suspect();
         }
-        answer
+        opened
     }
 
     /// Declares a queue on a channel of its own, because a refusal costs the channel its life.
@@ -202,16 +270,26 @@ impl Session {
     pub(crate) fn is_alive(&self) -> bool {
         !self.grip.is_cut() && self.connection.0.status().connected()
     }
+}
 
-    async fn close(&self) {
-        let close = self.connection.0.close(200, "OK".into());
-        let _ = timeout(CLOSE_TIMEOUT, close).await;
-        self.grip.cut();
+/// A channel to publish on.
+pub(crate) fn open_publishing(press: Arc<Press>) -> Opening {
+    async move {
+        match press.channel().await {
+            Ok(channel) => Some(channel),
+            Err(failure) => {
+                tracing::debug!(%failure, "no channel to publish on");
+                // A connection that is just going down says so at once, again and again.
+                sleep(backoff(0)).await;
+                None
+            }
+        }
     }
+    .boxed()
 }
 
 /// Resolves when the channel is there, or will not be; never while none is on its way.
-pub(crate) async fn opened(opening: &mut Option<Opening>) -> Option<Channel> {
+pub(crate) async fn opened(opening: &mut Option<Opening>) -> Option<PressChannel> {
     match opening {
         Some(opening) => opening.await,
         None => std::future::pending().await,
@@ -219,10 +297,13 @@ pub(crate) async fn opened(opening: &mut Option<Opening>) -> Option<Channel> {
 }
 
 /// Waits for the broker's answer, but not for ever: while it blocks us, it answers nothing.
-pub(crate) async fn bounded<T>(
+pub(crate) async fn bounded<T, E>(
     doing: &'static str,
-    operation: impl Future<Output = lapin::Result<T>>,
-) -> Result<T, Failure> {
+    operation: impl Future<Output = Result<T, E>>,
+) -> Result<T, Failure>
+where
+    Failure: From<E>,
+{
     match timeout(OPERATION_TIMEOUT, operation).await {
         Ok(result) => Ok(result?),
         Err(_) => Err(Failure::TimedOut(doing)),
@@ -244,79 +325,49 @@ pub(crate) fn jitter(ceiling: Duration) -> Duration {
     ceiling.mul_f64(f64::from((random >> 32) as u32) / f64::from(u32::MAX))
 }
 
-struct Supervisor {
+struct Supervisor<S> {
     config: AmqpConfig,
     name: &'static str,
-    state: watch::Sender<LinkState>,
-    blocked: watch::Sender<Option<Arc<str>>>,
+    state: watch::Sender<LinkState<S>>,
+    blocked: Blocked,
     closed: CancellationToken,
 }
 
-impl Supervisor {
-    async fn run(self, mut session: Arc<Session>) {
+impl<S: Life> Supervisor<S> {
+    async fn run(self, mut session: Arc<S>) {
         loop {
             let reason: Arc<str> = tokio::select! {
                 () = self.closed.cancelled() => {
                     self.state.send_replace(LinkState::Closed);
                     return session.close().await;
                 }
-                reason = self.watch(&session) => reason.into(),
+                reason = session.over() => reason.into(),
             };
             tracing::warn!(connection = self.name, %reason, "the connection was lost");
             self.state.send_replace(LinkState::Down(reason));
             self.blocked.send_replace(None);
-            session.grip.cut();
-            let number = session.number + 1;
+            session.cut();
+            let number = session.number() + 1;
             drop(session);
             tokio::select! {
                 () = self.closed.cancelled() => {
                     self.state.send_replace(LinkState::Closed);
                     return;
                 }
-                dialled = self.reconnect() => {
-                    session = Session::new(number, dialled, self.blocked.subscribe());
-                }
+                begun = self.reconnect(number) => session = Arc::new(begun),
             }
             tracing::info!(connection = self.name, number, "connected again");
             self.state.send_replace(LinkState::Up(Arc::clone(&session)));
         }
     }
 
-    /// Watches a connection until it is lost, and says why.
-    async fn watch(&self, session: &Session) -> String {
-        let connection = &session.connection.0;
-        let mut events = std::pin::pin!(connection.events_listener());
-        let mut reason = String::from("the connection was closed");
-        loop {
-            let event = tokio::select! {
-                event = events.next() => event,
-                () = session.grip.cut_off() => return "the broker does not answer".to_owned(),
-                () = sleep(STATUS_CHECK) => None,
-            };
-            match event {
-                Some(Event::ConnectionBlocked(why)) => {
-                    tracing::warn!(connection = self.name, why, "the broker blocks");
-                    self.blocked.send_replace(Some(why.into()));
-                }
-                Some(Event::ConnectionUnblocked) => {
-                    self.blocked.send_replace(None);
-                }
-                // Errors of single channels come here too; only the status tells whether all is lost.
-                Some(Event::Error(error)) => reason = error.to_string(),
-                _ => {}
-            }
-            if !session.is_alive() {
-                return reason;
-            }
-        }
-    }
-
-    async fn reconnect(&self) -> (Connection, Grip) {
+    async fn reconnect(&self, number: u64) -> S {
         let limit = RECONNECT_TIMEOUT.min(self.config.connect_timeout);
         let mut attempt = 0;
         loop {
-            match dial(&self.config, self.name, limit).await {
-                Ok(dialled) => return dialled,
+            let blocked = self.blocked.clone();
+            match S::begin(&self.config, self.name, limit, number, blocked).await {
+                Ok(begun) => return begun,
                 Err(failure) => {
                     tracing::debug!(connection = self.name, %failure, attempt, "not yet connected")
                 }

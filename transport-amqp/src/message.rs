@@ -12,8 +12,13 @@ use bytes::Bytes;
 use lapin::BasicProperties;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 
-/// On requests of ours: the peer understands our headers. Its absence means a plain peer.
+/// The `app_id` of requests of ours: the peer understands our headers. Any other one means a plain peer. A property of the broker's own
+/// costs all three less than a table of headers.
+const APP: &str = "antiphon/1";
+/// What said so before it, and still does: a header, whatever its value.
 const VERSION: &str = "antiphon-version";
+/// How the names of our own headers begin.
+const OWN: &str = "antiphon-";
 /// On requests that no handler is to be started for before the caller says so: `1`.
 const OFFER: &str = "antiphon-offer";
 /// On replies that are not a value: `fault` or `signal`.
@@ -51,14 +56,16 @@ pub(crate) fn transient(properties: BasicProperties) -> BasicProperties {
 /// The properties of a request that has `remaining` to live.
 pub(crate) fn encode_request(request: &Request, remaining: Option<Duration>) -> BasicProperties {
     let mut table = encode_headers(&request.headers);
-    table.insert(VERSION.into(), text("1"));
     if request.signals == Signals::Offer {
         table.insert(OFFER.into(), text(OFFERED));
     }
     let mut properties = BasicProperties::default()
-        .with_headers(table)
+        .with_app_id(APP.into())
         .with_delivery_mode(PERSISTENT)
         .with_correlation_id(request.id.with_str(|id| id.into()));
+    if !table.inner().is_empty() {
+        properties = properties.with_headers(table);
+    }
     if let Some(reply_to) = &request.reply_to {
         properties = properties.with_reply_to(reply_to.as_str().into());
     }
@@ -220,7 +227,8 @@ pub(crate) fn decode_request(properties: &BasicProperties, body: Bytes) -> Resul
 
 /// True for the request of a peer that knows nothing of us.
 pub(crate) fn is_plain(properties: &BasicProperties) -> bool {
-    find(properties, VERSION).is_none()
+    let app = properties.app_id().as_ref().map(ShortString::as_str);
+    app != Some(APP) && find(properties, VERSION).is_none()
 }
 
 /// What was left of a request's time when it was sent.
@@ -276,7 +284,7 @@ fn own_headers(properties: &BasicProperties, bare: bool) -> FieldTable {
     for (name, value) in properties.headers().iter().flatten() {
         let kept = match name.as_str() {
             "CC" | "BCC" | "x-delivery-count" => false,
-            name => !bare || name.starts_with("antiphon-"),
+            name => !bare || name.starts_with(OWN),
         };
         if kept {
             table.insert(name.clone(), value.clone());
@@ -343,7 +351,10 @@ fn encode_headers(headers: &Headers) -> FieldTable {
 fn decode_headers(properties: &BasicProperties) -> Headers {
     let mut headers = Headers::new();
     for (name, value) in properties.headers().iter().flatten() {
-        if let Some(value) = as_text(value) {
+        // A refusal of each of ours would cost more than all the rest.
+        if !name.as_str().starts_with(OWN)
+            && let Some(value) = as_text(value)
+        {
             let _ = headers.insert(name.as_str(), value);
         }
     }
@@ -400,9 +411,32 @@ mod tests {
         assert!(properties.timestamp().is_some());
         let headers: Vec<_> = properties.headers().as_ref().unwrap().into_iter().collect();
         let names: Vec<_> = headers.iter().map(|(name, _)| name.as_str()).collect();
-        assert_eq!(names, ["antiphon-version", "tenant"]);
-        assert_eq!(*headers[0].1, text("1"));
-        assert_eq!(*headers[1].1, text("a"));
+        assert_eq!(names, ["tenant"]);
+        assert_eq!(*headers[0].1, text("a"));
+        assert_eq!(properties.app_id().as_ref().unwrap().as_str(), "antiphon/1");
+    }
+
+    #[test]
+    fn a_request_of_ours_needs_no_headers() {
+        let mut bare = request();
+        bare.headers = Headers::new();
+        let properties = encode_request(&bare, None);
+        assert_eq!(properties.headers(), &None);
+        assert!(!is_plain(&properties));
+        // What goes round again is still ours.
+        assert!(!is_plain(&forward(&properties, 2, None, true)));
+        assert!(!is_plain(&bury(&properties, 2, "poison", true)));
+    }
+
+    #[test]
+    fn the_header_that_was_there_first_says_the_same() {
+        let mut table = FieldTable::default();
+        table.insert(VERSION.into(), text("1"));
+        let before = BasicProperties::default().with_headers(table);
+        assert!(!is_plain(&before));
+        assert_eq!(decode_signals(&before), Signals::Running);
+        let other = BasicProperties::default().with_app_id("billing".into());
+        assert!(is_plain(&other));
     }
 
     #[test]
@@ -639,6 +673,7 @@ mod tests {
         ] {
             assert!(page.contains(&format!("| `{header}` |")), "{header}");
         }
+        assert!(page.contains(&format!("| `app_id` | `{APP}`")));
         let body = Fault::new(Code::OutOfRange, "n > 93").to_body();
         let example = format!("```json\n{}\n```", std::str::from_utf8(&body).unwrap());
         assert!(page.contains(&example), "{example}");

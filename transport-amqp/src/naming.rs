@@ -28,24 +28,32 @@ impl QueueNames {
     /// # Errors
     /// `Invalid` for a name that is another service's queue.
     pub(crate) fn new(service: &ServiceName) -> Result<Self, Error> {
-        let name = service.as_str();
-        if [RETRY, DEAD, OWNER]
-            .iter()
-            .any(|suffix| name.ends_with(suffix))
-        {
-            let message =
-                format!("{name:?}: on RabbitMQ names in .retry, .dead and .owner are taken");
-            return Err(Error::not_executed(ErrorKind::Invalid, message));
-        }
+        let (main, name) = (main_queue(service)?, service.as_str());
         // A service name has at most 129 bytes, so that no suffix can reach the 255 of a short string.
         Ok(Self {
-            main: name.into(),
+            main,
             retry: format!("{name}{RETRY}").into(),
             dead: format!("{name}{DEAD}").into(),
             owner: format!("{name}{OWNER}").into(),
             is_node: service.node().is_some(),
         })
     }
+}
+
+/// The queue of a service's requests.
+///
+/// # Errors
+/// `Invalid` for a name that is another service's queue.
+pub(crate) fn main_queue(service: &ServiceName) -> Result<ShortString, Error> {
+    let name = service.as_str();
+    if [RETRY, DEAD, OWNER]
+        .iter()
+        .any(|suffix| name.ends_with(suffix))
+    {
+        let message = format!("{name:?}: on RabbitMQ names in .retry, .dead and .owner are taken");
+        return Err(Error::not_executed(ErrorKind::Invalid, message));
+    }
+    Ok(name.into())
 }
 
 /// A new inbox. Nobody can guess it, and it is not of the `amq.` names, which only the broker may give.

@@ -1,23 +1,17 @@
 //! Publishing with confirms: what happened to each message, told to the one who published it.
 
 use std::collections::VecDeque;
-use std::hash::{BuildHasher, RandomState};
-use std::pin::Pin;
-use std::sync::Arc;
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll};
 
 use bytes::Bytes;
-use lapin::message::BasicReturnMessage;
-use lapin::options::BasicPublishOptions;
-use lapin::protocol::AMQPErrorKind;
+use lapin::BasicProperties;
 use lapin::types::ShortString;
-use lapin::{BasicProperties, Channel, Confirmation};
+
+use crate::press::{PressChannel, Told, Unsent};
+use crate::wire::Destination;
 
 /// Plain peers that have no inbox give addresses that begin so.
 const DIRECT_REPLY_TO: &str = "amq.rabbitmq.reply-to";
-
-/// How many messages wake who waits for their fate. The broker confirms about in order, and a sweep finds the rest.
-const POLLED: usize = 8;
 
 /// A message for one queue, or for all that are bound to an exchange by the key in its place.
 #[derive(Debug)]
@@ -43,56 +37,52 @@ pub(crate) enum Fate {
     Lost { refused: bool },
 }
 
-/// A channel in confirm mode, owned by one task.
-///
-/// Only one task may publish on it: the client library counts confirms under one lock and queues frames under another, and two
-/// publishers at once could get each other's confirms.
+/// A channel on which all is confirmed, owned by one task.
+#[derive(Debug)]
 pub(crate) struct Outlet<T> {
-    channel: Arc<Channel>,
-    slots: VecDeque<Slot<T>>,
-    /// Bytes in `slots`.
+    channel: PressChannel,
+    /// The tag of the first slot.
+    first: u64,
+    /// What was published and not confirmed, by its tag. None: confirmed before what was published before it.
+    slots: VecDeque<Option<Slot<T>>>,
+    /// How many slots there are, their bytes, and how many of them are to wake who waits.
+    pending: usize,
     bytes: usize,
-    hasher: RandomState,
+    prompt: usize,
 }
 
+#[derive(Debug)]
 struct Slot<T> {
     token: T,
-    /// Of queue and correlation id: by these the broker's return is known.
-    key: u64,
+    /// By these the broker's return is known.
+    queue: ShortString,
+    properties: BasicProperties,
     bytes: usize,
     prompt: bool,
     returned: bool,
-    /// Its own confirm is here, and all returns that came before it are known.
-    settled: bool,
-    progress: Progress,
-}
-
-enum Progress {
-    Waiting(Pin<Box<dyn Future<Output = lapin::Result<Confirmation>> + Send>>),
-    Acked,
-    Nacked,
-    Lost { refused: bool },
 }
 
 impl<T> Outlet<T> {
-    /// Publishes on `channel`, which is in confirm mode.
-    pub(crate) fn new(channel: Channel) -> Self {
+    pub(crate) fn new(channel: PressChannel) -> Self {
         Self {
-            channel: Arc::new(channel),
+            channel,
+            // The broker counts from 1 on each channel.
+            first: 1,
             slots: VecDeque::new(),
+            pending: 0,
             bytes: 0,
-            hasher: RandomState::new(),
+            prompt: 0,
         }
     }
 
     /// False once nothing can be published any more.
     pub(crate) fn is_open(&self) -> bool {
-        self.channel.status().connected()
+        self.channel.is_open()
     }
 
     /// How many messages wait for the broker's word, and their bytes.
     pub(crate) fn pending(&self) -> (usize, usize) {
-        (self.slots.len(), self.bytes)
+        (self.pending, self.bytes)
     }
 
     /// Publishes a message; what became of it comes from [`sweep`](Self::sweep), with the token. With `prompt`,
@@ -107,92 +97,52 @@ impl<T> Outlet<T> {
             properties,
             body,
         } = message;
-        let correlation = properties.correlation_id().as_ref();
-        let key = self.key(queue.as_str(), correlation.map(ShortString::as_str));
-        let bytes = body.len();
-        let channel = Arc::clone(&self.channel);
-        // The broker hands what is for a pseudo-queue over by itself, and then finds that no queue took it.
-        let mandatory = !queue.as_str().starts_with(DIRECT_REPLY_TO);
-        let mut confirm = Box::pin(async move {
-            let options = BasicPublishOptions {
-                mandatory,
-                ..BasicPublishOptions::default()
-            };
-            channel
-                .basic_publish(exchange, queue, options, &body, properties)
-                .await?
-                .await
-        });
-        // The first poll queues the frames. Awaiting here would cost a wake-up per message.
-        let mut cx = Context::from_waker(Waker::noop());
-        let (progress, returned) = match confirm.as_mut().poll(&mut cx) {
-            Poll::Pending => (Progress::Waiting(confirm), None),
-            // Refused before its frames were queued.
-            Poll::Ready(Err(_)) => return Err(token),
-            // The broker was faster than we.
-            Poll::Ready(Ok(confirmation)) => judge(Ok(confirmation)),
+        let to = Destination {
+            exchange: exchange.as_str(),
+            routing_key: queue.as_str(),
+            // The broker hands what is for a pseudo-queue over by itself, and then finds that no queue took it.
+            mandatory: !queue.as_str().starts_with(DIRECT_REPLY_TO),
         };
-        self.bytes += bytes;
-        self.slots.push_back(Slot {
+        match self.channel.publish(to, &properties, &body) {
+            Ok(()) => {}
+            Err(Unsent::Closed) => return Err(token),
+            Err(Unsent::Unwritable(reason)) => {
+                tracing::error!(reason, "a message that cannot be written");
+                return Err(token);
+            }
+        }
+        self.pending += 1;
+        self.bytes += body.len();
+        self.prompt += usize::from(prompt);
+        self.slots.push_back(Some(Slot {
             token,
-            key,
-            bytes,
+            queue,
+            properties,
+            bytes: body.len(),
             prompt,
             returned: false,
-            settled: false,
-            progress,
-        });
-        // Only now: it may be its own.
-        self.route(returned);
+        }));
         Ok(())
     }
 
-    /// Ready when the fate of a prompt message is known: time for a sweep.
+    /// Ready when there may be news of a prompt message, or the channel is closed: time for a sweep.
     pub(crate) fn poll_prompt(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let mut returns = Vec::new();
-        let mut ready = false;
-        let mut polled = 0;
-        for slot in self.slots.iter_mut().filter(|slot| slot.prompt) {
-            if !slot.is_known() && polled < POLLED {
-                polled += 1;
-                slot.poll(cx, &mut returns);
-            }
-            ready |= slot.is_known();
-        }
-        self.route(returns);
-        if ready {
-            Poll::Ready(())
-        } else {
-            Poll::Pending
+        match self.prompt {
+            0 => Poll::Pending,
+            _ => self.channel.poll_told(cx),
         }
     }
 
     /// Takes out all messages whose fate is known.
     pub(crate) fn sweep(&mut self, fates: &mut Vec<(T, Fate)>) {
-        if !self.collect() {
-            return;
-        }
-        // The client library hangs a returned message on whichever confirm comes next, and resolves the confirms of one frame in any
-        // order. So while a frame is being worked off, a confirm of ours can be seen before its own return. This call takes the lock
-        // under which that happens: after it, all returns of what was confirmed above are on some confirm.
-        let mut cx = Context::from_waker(Waker::noop());
-        let mut barrier = Box::pin(self.channel.wait_for_confirms());
-        let _ = barrier.as_mut().poll(&mut cx);
-        drop(barrier);
-        for slot in &mut self.slots {
-            slot.settled = slot.is_known();
-        }
-        self.collect();
-        for _ in 0..self.slots.len() {
-            let Some(slot) = self.slots.pop_front() else {
-                break;
-            };
-            // What was confirmed only by the second look has had no barrier yet.
-            if slot.settled {
-                self.bytes -= slot.bytes;
-                fates.push(slot.into_fate());
-            } else {
-                self.slots.push_back(slot);
+        for told in self.channel.take_told() {
+            match told {
+                Told::Acked { tag, multiple } => self.confirm(tag, multiple, true, fates),
+                Told::Nacked { tag, multiple } => self.confirm(tag, multiple, false, fates),
+                Told::Returned {
+                    routing_key,
+                    correlation,
+                } => self.come_back(&routing_key, correlation.as_ref()),
             }
         }
     }
@@ -201,99 +151,70 @@ impl<T> Outlet<T> {
     pub(crate) fn abandon(mut self, fates: &mut Vec<(T, Fate)>) {
         // Confirms that came just before the channel died.
         self.sweep(fates);
-        fates.extend(self.slots.into_iter().map(Slot::into_fate));
+        let refused = self.channel.is_refused();
+        let left = self.slots.into_iter().flatten();
+        fates.extend(left.map(|slot| {
+            let fate = match slot.returned {
+                true => Fate::Returned,
+                false => Fate::Lost { refused },
+            };
+            (slot.token, fate)
+        }));
     }
 
-    /// Asks each confirm; true if any is known. It wakes nobody: who sleeps calls `poll_prompt` first.
-    fn collect(&mut self) -> bool {
-        let mut cx = Context::from_waker(Waker::noop());
-        let mut returns = Vec::new();
-        let mut any = false;
-        for slot in &mut self.slots {
-            slot.poll(&mut cx, &mut returns);
-            any |= slot.is_known();
-        }
-        self.route(returns);
-        any
-    }
-
-    /// Gives each returned message to the slot it belongs to, which is not the one whose confirm carried it.
-    fn route(&mut self, returns: impl IntoIterator<Item = BasicReturnMessage>) {
-        for message in returns {
-            let delivery = &message.delivery;
-            let correlation = delivery.properties.correlation_id().as_ref();
-            let key = self.key(
-                delivery.routing_key.as_str(),
-                correlation.map(ShortString::as_str),
-            );
-            let slot = self
+    fn confirm(&mut self, tag: u64, multiple: bool, accepted: bool, fates: &mut Vec<(T, Fate)>) {
+        let Some(index) = tag.checked_sub(self.first) else {
+            return;
+        };
+        let index = usize::try_from(index).unwrap_or(usize::MAX);
+        let mut settled = 0;
+        if multiple {
+            for slot in self
                 .slots
-                .iter_mut()
-                .find(|slot| slot.key == key && !slot.returned);
-            match slot {
-                Some(slot) => slot.returned = true,
-                None => tracing::warn!("a returned message that nobody sent"),
+                .drain(..self.slots.len().min(index.saturating_add(1)))
+            {
+                settled += 1;
+                if let Some(slot) = slot {
+                    self.pending -= 1;
+                    self.bytes -= slot.bytes;
+                    self.prompt -= usize::from(slot.prompt);
+                    fates.push(slot.into_fate(accepted));
+                }
             }
+        } else if let Some(slot) = self.slots.get_mut(index).and_then(Option::take) {
+            self.pending -= 1;
+            self.bytes -= slot.bytes;
+            self.prompt -= usize::from(slot.prompt);
+            fates.push(slot.into_fate(accepted));
         }
+        while let Some(None) = self.slots.front() {
+            self.slots.pop_front();
+            settled += 1;
+        }
+        self.first += settled;
     }
 
-    fn key(&self, queue: &str, correlation: Option<&str>) -> u64 {
-        self.hasher.hash_one((queue, correlation))
-    }
-}
-
-impl<T> std::fmt::Debug for Outlet<T> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Outlet")
-            .field("channel", &self.channel.id())
-            .field("pending", &self.slots.len())
-            .finish_non_exhaustive()
+    /// The broker does not say which message it was, but what was in it. It comes before its confirm.
+    fn come_back(&mut self, routing_key: &ShortString, correlation: Option<&ShortString>) {
+        let slot = self.slots.iter_mut().flatten().find(|slot| {
+            !slot.returned
+                && slot.queue == *routing_key
+                && slot.properties.correlation_id().as_ref() == correlation
+        });
+        match slot {
+            Some(slot) => slot.returned = true,
+            None => tracing::warn!("a returned message that nobody sent"),
+        }
     }
 }
 
 impl<T> Slot<T> {
-    fn is_known(&self) -> bool {
-        !matches!(self.progress, Progress::Waiting(_))
-    }
-
-    fn poll(&mut self, cx: &mut Context<'_>, returns: &mut Vec<BasicReturnMessage>) {
-        if let Progress::Waiting(confirm) = &mut self.progress
-            && let Poll::Ready(result) = confirm.as_mut().poll(cx)
-        {
-            let (progress, returned) = judge(result);
-            self.progress = progress;
-            returns.extend(returned);
-        }
-    }
-
-    fn into_fate(self) -> (T, Fate) {
-        let fate = match self.progress {
-            _ if self.returned => Fate::Returned,
-            // Known, but whether it came back is not: there was no barrier.
-            Progress::Acked if !self.settled => Fate::Lost { refused: false },
-            Progress::Acked => Fate::Accepted,
-            Progress::Nacked => Fate::Refused,
-            Progress::Lost { refused } => Fate::Lost { refused },
-            Progress::Waiting(_) => Fate::Lost { refused: false },
+    fn into_fate(self, accepted: bool) -> (T, Fate) {
+        let fate = match (self.returned, accepted) {
+            (true, _) => Fate::Returned,
+            (false, true) => Fate::Accepted,
+            (false, false) => Fate::Refused,
         };
         (self.token, fate)
-    }
-}
-
-fn judge(result: lapin::Result<Confirmation>) -> (Progress, Option<BasicReturnMessage>) {
-    match result {
-        Ok(Confirmation::Ack(returned)) => (Progress::Acked, returned),
-        Ok(Confirmation::Nack(returned)) => (Progress::Nacked, returned),
-        // Confirms are always on; without them nothing is known.
-        Ok(Confirmation::NotRequested) => (Progress::Lost { refused: false }, None),
-        Err(error) => {
-            let refused = match error.kind() {
-                lapin::ErrorKind::ProtocolError(error) => {
-                    matches!(error.kind(), AMQPErrorKind::Soft(_))
-                }
-                _ => false,
-            };
-            (Progress::Lost { refused }, None)
-        }
     }
 }

@@ -14,9 +14,10 @@ use tokio_util::sync::CancellationToken;
 
 use crate::absent::Absent;
 use crate::error::closed;
-use crate::link::{Link, Opening, Session, opened};
+use crate::link::{Link, Opening, open_publishing, opened};
 use crate::message;
 use crate::outlet::{Fate, Message, Outlet};
+use crate::press::Press;
 use crate::prober::{Prober, no_responder};
 
 /// The most messages, and about the most bytes, that wait for the broker's word at once. What is above it stays in our own queue,
@@ -64,7 +65,7 @@ pub(crate) struct OutgoingRequest {
 
 /// The task's own state.
 pub(crate) struct Publisher {
-    link: Link,
+    link: Link<Press>,
     /// Open while inboxes are live.
     gate: watch::Receiver<bool>,
     jobs: mpsc::UnboundedReceiver<Job>,
@@ -80,7 +81,7 @@ pub(crate) struct Publisher {
 
 impl Publisher {
     pub(crate) fn new(
-        link: Link,
+        link: Link<Press>,
         gate: watch::Receiver<bool>,
         jobs: mpsc::UnboundedReceiver<Job>,
         prober: Arc<Prober>,
@@ -176,7 +177,7 @@ impl Publisher {
         }
         if self.outlet.is_none() && self.opening.is_none() {
             let session = self.link.state.borrow_and_update().session();
-            self.opening = session.map(Session::open_publishing);
+            self.opening = session.map(open_publishing);
         }
         self.outlet.is_some()
     }

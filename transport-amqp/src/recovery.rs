@@ -9,6 +9,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
 
 use crate::link::{Link, LinkState};
+use crate::press::Press;
 
 /// After this time a connection counts as restored even if somebody has not come back on it: one service that
 /// cannot be subscribed again must not hold up the others.
@@ -99,7 +100,7 @@ impl Drop for Member {
 /// The gate is shut while inboxes are being restored: a request that went out then would carry an address that may be given
 /// up a moment later, and its call would end although it could simply have been sent later.
 pub(crate) async fn keep_state(
-    mut publish: Link,
+    mut publish: Link<Press>,
     mut consume: Link,
     members: Arc<Members>,
     state: watch::Sender<ConnectionState>,
@@ -149,7 +150,7 @@ pub(crate) async fn keep_state(
 
 fn describe(
     consume: &LinkState,
-    publish: &LinkState,
+    publish: &LinkState<Press>,
     blocked: Option<&Arc<str>>,
     restored: bool,
 ) -> ConnectionState {

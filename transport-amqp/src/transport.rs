@@ -23,8 +23,9 @@ use crate::courier::{Courier, Route};
 use crate::error::closed;
 use crate::inbox::AmqpInbox;
 use crate::intake::{Intake, Plan};
-use crate::link::Link;
+use crate::link::{Link, Session};
 use crate::naming::{self, QueueNames};
+use crate::press::Press;
 use crate::prober::Prober;
 use crate::publisher::{Job, OutgoingRequest, Publisher, What};
 use crate::recovery::{Members, Role, keep_state};
@@ -45,7 +46,7 @@ const LINKS_TIMEOUT: Duration = Duration::from_secs(2);
 pub struct AmqpTransport {
     config: AmqpConfig,
     runtime: Handle,
-    publish: Link,
+    publish: Link<Press>,
     consume: Link,
     members: Arc<Members>,
     claims: Arc<Claims>,
@@ -68,8 +69,11 @@ impl AmqpTransport {
     pub async fn connect(config: AmqpConfig) -> Result<Self, Error> {
         config.check()?;
         let shutdown = Shutdown::default();
-        let link = |name| Link::connect(&config, name, shutdown.links.clone());
-        let connected = tokio::try_join!(link("publish"), link("consume"));
+        let closed = &shutdown.links;
+        let connected = tokio::try_join!(
+            Link::<Press>::connect(&config, "publish", closed.clone()),
+            Link::<Session>::connect(&config, "consume", closed.clone()),
+        );
         let ((publish, keep_publish), (consume, keep_consume)) =
             connected.map_err(|failure| failure.into_connect_error(&config.address()))?;
         shutdown.link_tasks.spawn(keep_publish);
@@ -138,8 +142,8 @@ impl AmqpTransport {
                 ticket,
             } => (service, request, expect_responder, ticket),
         };
-        let queue = match QueueNames::new(&service) {
-            Ok(names) => names.main,
+        let queue = match naming::main_queue(&service) {
+            Ok(queue) => queue,
             Err(error) => {
                 let _ = done.send(Err(error));
                 return;

@@ -18,7 +18,6 @@ use antiphon_core::transport::Delivery;
 use antiphon_core::{Error, ErrorKind};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
-use lapin::Channel;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
@@ -28,8 +27,9 @@ use self::settling::{DEATHS_ALONE, Sent, lost_lease};
 use crate::error::{Failure, closed};
 use crate::held::Held;
 use crate::intake::{Intake, Origin, Plan};
-use crate::link::{Link, Opening, Session, opened};
+use crate::link::{Link, Opening, open_publishing, opened};
 use crate::outlet::Outlet;
+use crate::press::{Press, PressChannel};
 use crate::recovery::Member;
 use crate::settle::Command;
 use crate::subscription::Handover;
@@ -59,7 +59,7 @@ const BATCH: usize = 256;
 pub(crate) struct Route {
     pub(crate) plan: Arc<Plan>,
     pub(crate) consume: Link,
-    pub(crate) publish: Link,
+    pub(crate) publish: Link<Press>,
     pub(crate) member: Member,
     /// Given back when this is dropped.
     pub(crate) _claim: Claim,
@@ -80,7 +80,7 @@ pub(crate) struct Courier {
     outlet: Option<Outlet<u64>>,
     /// The outlet's channel, on its way.
     outlet_opening: Option<Opening>,
-    held: HashMap<u64, Held>,
+    held: HashMap<u64, Held, foldhash::fast::RandomState>,
     next_key: u64,
     /// Decoded and not handed over, in order; the ones from the retry queue first.
     waiting: VecDeque<u64>,
@@ -124,7 +124,7 @@ impl Courier {
             opening: None,
             outlet: None,
             outlet_opening: None,
-            held: HashMap::new(),
+            held: HashMap::default(),
             next_key: 0,
             waiting: VecDeque::new(),
             handed: 0,
@@ -190,11 +190,11 @@ impl Courier {
         let due = !self.unsent.is_empty() && !self.route.publish.is_blocked();
         if self.outlet.is_none() && self.outlet_opening.is_none() && due {
             let session = self.route.publish.session();
-            self.outlet_opening = session.map(Session::open_publishing);
+            self.outlet_opening = session.map(open_publishing);
         }
     }
 
-    fn publish_on(&mut self, channel: Option<Channel>) {
+    fn publish_on(&mut self, channel: Option<PressChannel>) {
         self.outlet_opening = None;
         self.outlet = channel.map(Outlet::new);
     }

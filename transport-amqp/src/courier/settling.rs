@@ -249,7 +249,8 @@ impl Courier {
         held.moved = held.goes_round();
         let answered = !held.moved;
         held.progress = Progress::Acking;
-        if let Some(identity) = held.identity.clone().filter(|_| answered) {
+        // Nothing is compared with it any more: it is acknowledged, or its channel is lost and it is forgotten.
+        if answered && let Some(identity) = held.identity.take() {
             self.recent.insert(identity);
         }
         match (held.tag, &mut self.intake) {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, Sleep, sleep_until, timeout_at};
 
-use crate::call::{CallEvent, Options};
+use crate::call::{Attended, CallEvent};
 use crate::envelope::{CorrelationId, Outcome, Reply};
 use crate::error::{Error, ErrorKind, Executed};
 use crate::exchange::Exchange;
@@ -26,7 +26,7 @@ pub(crate) enum Stopped {
 
 /// A call's ears. Only calls that asked for something have them.
 pub(crate) struct Attention<'a> {
-    options: &'a Options,
+    attended: &'a Attended,
     transport: &'a Arc<dyn Transport>,
     listening: Option<Listening>,
     deadline: Instant,
@@ -35,17 +35,16 @@ pub(crate) struct Attention<'a> {
 }
 
 impl<'a> Attention<'a> {
-    pub(crate) fn new(exchange: &Exchange<'a>, number: u128, started: Instant) -> Self {
-        let options = exchange.options;
-        let listens = options.pickup_timeout.is_some() || options.observer.is_some();
+    pub(crate) fn new(exchange: &Exchange<'a>, attended: &'a Attended, number: u128) -> Self {
+        let listens = attended.pickup_timeout.is_some() || attended.observer.is_some();
         Self {
-            options,
+            attended,
             transport: exchange.client.shared_transport(),
             deadline: exchange.deadline,
             listening: listens.then(|| exchange.client.listeners().listen(number, Wants::Signals)),
-            pickup: options
+            pickup: attended
                 .pickup_timeout
-                .map(|timeout| Box::pin(sleep_until(started + timeout))),
+                .map(|timeout| Box::pin(sleep_until(exchange.started + timeout))),
         }
     }
 
@@ -53,7 +52,7 @@ impl<'a> Attention<'a> {
     pub(crate) async fn attend(&mut self) -> Stopped {
         loop {
             let cancelled = async {
-                match &self.options.cancel {
+                match &self.attended.cancel {
                     Some(token) => token.cancelled().await,
                     None => pending().await,
                 }
@@ -101,7 +100,7 @@ impl<'a> Attention<'a> {
             },
             Signal::Offer { to, id, .. } => return self.accept(to, Reply::value(id, "").into()),
         };
-        if let Some(observer) = &self.options.observer {
+        if let Some(observer) = &self.attended.observer {
             // A panic in it ended its call.
             observer.lock().unwrap_or_else(PoisonError::into_inner)(event);
         }

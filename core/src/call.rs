@@ -2,7 +2,7 @@
 
 use std::future::{Future, IntoFuture};
 use std::pin::Pin;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -11,10 +11,11 @@ use tokio_util::sync::CancellationToken;
 
 use crate::client::Client;
 use crate::config;
-use crate::envelope::{CorrelationId, Headers, Reply};
+use crate::envelope::{CorrelationId, Headers, Reply, Request};
 use crate::error::Error;
 use crate::exchange::Exchange;
 use crate::name::{ContentType, IntoNode, Method, Node, ServiceName};
+use crate::signal::Signals;
 
 /// A call that is sent when it is first polled, and ends once: with its reply, or with one [`Error`].
 ///
@@ -24,11 +25,11 @@ use crate::name::{ContentType, IntoNode, Method, Node, ServiceName};
 #[derive(Debug)]
 pub struct Call<Out> {
     client: Client,
-    id: CorrelationId,
     /// What is wrong with what the user gave is told when the call is awaited, before any I/O.
     service: Result<ServiceName, Error>,
-    body: Result<Bytes, Error>,
-    options: Result<Options, Error>,
+    /// Nobody else has it before it is sent.
+    request: Arc<Request>,
+    options: Options,
     finish: Finish<Out>,
 }
 
@@ -42,10 +43,14 @@ pub type CallFuture<Out> = Pin<Box<dyn Future<Output = Result<Out, Error>> + Sen
 pub(crate) struct Options {
     pub(crate) timeout: Option<Duration>,
     pub(crate) deadline: Option<Instant>,
-    pub(crate) method: Option<Method>,
-    pub(crate) headers: Headers,
-    pub(crate) content_type: Option<ContentType>,
     pub(crate) expect_responder: bool,
+    /// None for most: they want their reply and nothing else.
+    pub(crate) attended: Option<Box<Attended>>,
+}
+
+/// What a call may want besides its reply.
+#[derive(Default)]
+pub(crate) struct Attended {
     pub(crate) pickup_timeout: Option<Duration>,
     pub(crate) cancel: Option<CancellationToken>,
     pub(crate) observer: Option<Observer>,
@@ -80,9 +85,12 @@ enum Finish<Out> {
 }
 
 impl Options {
-    /// True if the call wants more than its reply.
-    pub(crate) fn is_attended(&self) -> bool {
-        self.pickup_timeout.is_some() || self.cancel.is_some() || self.observer.is_some()
+    fn attended(&mut self) -> &mut Attended {
+        self.attended.get_or_insert_default()
+    }
+
+    pub(crate) fn pickup_timeout(&self) -> Option<Duration> {
+        self.attended.as_ref()?.pickup_timeout
     }
 }
 
@@ -91,10 +99,8 @@ impl std::fmt::Debug for Options {
         f.debug_struct("Options")
             .field("timeout", &self.timeout)
             .field("deadline", &self.deadline)
-            .field("method", &self.method)
-            .field("headers", &self.headers)
             .field("expect_responder", &self.expect_responder)
-            .field("pickup_timeout", &self.pickup_timeout)
+            .field("pickup_timeout", &self.pickup_timeout())
             .finish_non_exhaustive()
     }
 }
@@ -102,7 +108,7 @@ impl std::fmt::Debug for Options {
 impl<Out> Call<Out> {
     /// How long to wait, from the first poll on. Default: the client's, 30 s.
     pub fn timeout(self, timeout: Duration) -> Self {
-        self.with(|options| {
+        self.with(|options, _| {
             config::check_timeout(timeout)?;
             options.timeout = Some(timeout);
             Ok(())
@@ -112,7 +118,7 @@ impl<Out> Call<Out> {
     /// When to stop waiting, if that is before the timeout. Default: none, but for calls from within a handler, which
     /// inherit its own.
     pub fn deadline(self, deadline: Instant) -> Self {
-        self.with(|options| {
+        self.with(|options, _| {
             let earlier = options
                 .deadline
                 .map_or(deadline, |present| present.min(deadline));
@@ -123,21 +129,21 @@ impl<Out> Call<Out> {
 
     /// Sets a header; see [`Headers`] for what is allowed.
     pub fn header(self, name: &str, value: &str) -> Self {
-        self.with(|options| options.headers.insert(name, value))
+        self.with(|_, request| request.headers.insert(name, value))
     }
 
     /// The method to call within the service.
     pub fn method(self, name: &str) -> Self {
-        self.with(|options| {
-            options.method = Some(Method::new(name)?);
+        self.with(|_, request| {
+            request.method = Some(Method::new(name)?);
             Ok(())
         })
     }
 
     /// What the body is. Default: `application/json` for typed calls, none for raw ones.
     pub fn content_type(self, media_type: &str) -> Self {
-        self.with(|options| {
-            options.content_type = Some(ContentType::new(media_type)?);
+        self.with(|_, request| {
+            request.content_type = Some(ContentType::new(media_type)?);
             Ok(())
         })
     }
@@ -145,7 +151,7 @@ impl<Out> Call<Out> {
     /// Ends at once as [`ErrorKind::NoResponder`](crate::ErrorKind::NoResponder), executed `No`, if nobody serves the service, instead of waiting for a
     /// server until the deadline.
     pub fn expect_responder(self) -> Self {
-        self.with(|options| {
+        self.with(|options, _| {
             options.expect_responder = true;
             Ok(())
         })
@@ -162,9 +168,9 @@ impl<Out> Call<Out> {
     ///
     /// A server asks the caller before it starts on such a request, which costs one more round trip.
     pub fn pickup_timeout(self, timeout: Duration) -> Self {
-        self.with(|options| {
+        self.with(|options, _| {
             config::check_timeout(timeout)?;
-            options.pickup_timeout = Some(timeout);
+            options.attended().pickup_timeout = Some(timeout);
             Ok(())
         })
     }
@@ -173,8 +179,8 @@ impl<Out> Call<Out> {
     /// back if nobody has it, where the broker can; else servers do not start on it, and the
     /// [cancellation](crate::Context::cancellation) of a handler that runs fires.
     pub fn cancel_on(self, token: CancellationToken) -> Self {
-        self.with(|options| {
-            options.cancel = Some(token);
+        self.with(|options, _| {
+            options.attended().cancel = Some(token);
             Ok(())
         })
     }
@@ -182,8 +188,8 @@ impl<Out> Call<Out> {
     /// Has a function told where the call runs, after a quiet period (the server's heartbeat, 5 s), and how far it is. It
     /// is called within the call's own future; a slow one misses what is said meanwhile, beyond 1024 words.
     pub fn observe(self, observer: impl FnMut(CallEvent) + Send + 'static) -> Self {
-        self.with(|options| {
-            options.observer = Some(Mutex::new(Box::new(observer)));
+        self.with(|options, _| {
+            options.attended().observer = Some(Mutex::new(Box::new(observer)));
             Ok(())
         })
     }
@@ -191,7 +197,7 @@ impl<Out> Call<Out> {
     /// The id that ties the reply to this call.
     #[must_use]
     pub fn correlation_id(&self) -> &CorrelationId {
-        &self.id
+        &self.request.id
     }
 
     fn new(
@@ -201,53 +207,56 @@ impl<Out> Call<Out> {
         content_type: Option<ContentType>,
         finish: Finish<Out>,
     ) -> Self {
-        let options = Ok(Options {
+        let (service, body) = match body {
+            Ok(body) => (service, body),
+            Err(error) => (service.and(Err(error)), Bytes::new()),
+        };
+        let request = Request {
+            id: CorrelationId::random(),
+            reply_to: None,
+            deadline: None,
+            method: None,
+            headers: Headers::new(),
             content_type,
-            ..Options::default()
-        });
+            signals: Signals::Running,
+            body,
+        };
         Self {
             client,
-            id: CorrelationId::random(),
             service,
-            body,
-            options,
+            request: Arc::new(request),
+            options: Options::default(),
             finish,
         }
     }
 
-    fn with(mut self, set: impl FnOnce(&mut Options) -> Result<(), Error>) -> Self {
-        if let Ok(options) = &mut self.options
-            && let Err(error) = set(options)
-        {
-            self.options = Err(error);
+    fn with(mut self, set: impl FnOnce(&mut Options, &mut Request) -> Result<(), Error>) -> Self {
+        if let Err(error) = set(&mut self.options, Arc::make_mut(&mut self.request)) {
+            // The first error is told.
+            self.service = self.service.and(Err(error));
         }
         self
     }
 
     /// It borrows from itself: what is moved into the future stays in its place.
-    async fn run(self) -> Result<Out, Error> {
-        let exchange = self.exchange()?;
-        match &self.finish {
-            Finish::Reply(read) => read(exchange.call().await?),
-            Finish::Accepted(done) => exchange.notify().await.map(|()| done()),
+    async fn run(mut self) -> Result<Out, Error> {
+        match self.finish {
+            Finish::Reply(read) => read(self.exchange()?.call().await?),
+            Finish::Accepted(done) => self.exchange()?.notify().await.map(|()| done()),
         }
     }
 
     /// The call on its way, if all that the user gave is valid. Its clock starts now.
-    pub(crate) fn exchange(&self) -> Result<Exchange<'_>, Error> {
+    pub(crate) fn exchange(&mut self) -> Result<Exchange<'_>, Error> {
         let started = Instant::now();
-        let (service, body, options) = match (&self.service, &self.body, &self.options) {
-            (Ok(service), Ok(body), Ok(options)) => (service, body, options),
-            (Err(error), ..) | (_, Err(error), _) | (.., Err(error)) => return Err(error.clone()),
-        };
-        let config = self.client.config();
-        config::check_size(body.len(), config.max_body)?;
+        let service = self.service.as_ref().map_err(Error::clone)?;
+        let (config, options) = (self.client.config(), &self.options);
+        config::check_size(self.request.body.len(), config.max_body)?;
         let timeout = started + options.timeout.unwrap_or(config.timeout);
         Ok(Exchange {
             client: &self.client,
-            id: &self.id,
             service,
-            body,
+            request: &mut self.request,
             options,
             started,
             deadline: options

@@ -6,17 +6,16 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
-use bytes::Bytes;
 use tokio::time::{Instant, timeout_at};
 
 use crate::attention::{Attention, Stopped};
 use crate::call::Options;
 use crate::client::Client;
-use crate::envelope::{CorrelationId, Deadline, Outcome, Reply, Request};
+use crate::envelope::{Deadline, Outcome, Reply, Request};
 use crate::error::{Error, ErrorKind, Executed};
 use crate::given_up::Lost;
 use crate::name::{ReplyAddress, ServiceName};
-use crate::pending::{Ended, Slot};
+use crate::pending::{Ended, Entered, Slot};
 use crate::signal::Signals;
 use crate::ticket::Ticket;
 use crate::transport::Outbound;
@@ -24,9 +23,8 @@ use crate::transport::Outbound;
 /// A valid call on its way.
 pub(crate) struct Exchange<'a> {
     pub(crate) client: &'a Client,
-    pub(crate) id: &'a CorrelationId,
     pub(crate) service: &'a ServiceName,
-    pub(crate) body: &'a Bytes,
+    pub(crate) request: &'a mut Arc<Request>,
     pub(crate) options: &'a Options,
     pub(crate) started: Instant,
     pub(crate) deadline: Instant,
@@ -44,29 +42,36 @@ enum Try {
 impl Exchange<'_> {
     /// The number behind the id.
     pub(crate) fn number(&self) -> Result<u128, Error> {
-        self.id.as_u128().ok_or_else(|| {
+        self.request.id.as_u128().ok_or_else(|| {
             Error::not_executed(ErrorKind::Invalid, "a correlation id of ours is a UUID")
         })
     }
 
-    pub(crate) async fn call(&self) -> Result<Reply, Error> {
+    pub(crate) async fn call(&mut self) -> Result<Reply, Error> {
         let number = self.number()?;
         let mut now = self.started;
         loop {
-            let remaining = self.remaining(now)?;
-            let mut attention = self
-                .options
-                .is_attended()
-                .then(|| Box::new(Attention::new(self, number, self.started)));
+            let budget = self.remaining(now)?;
+            let mut attention = match &self.options.attended {
+                Some(attended) => Some(Box::new(Attention::new(self, attended, number))),
+                None => None,
+            };
             // Entered before it is sent: a reply may be there before `send` resolves.
-            let (mut slot, address) = self.client.pending().enter(number, self.deadline)?;
+            let Entered {
+                mut slot,
+                address,
+                at,
+            } = self.client.pending().enter(number, now, self.deadline)?;
+            let deadline = Deadline { at, budget };
+            self.address(Some(address), deadline);
+            let this = &*self;
             let mut outstanding = Outstanding {
-                exchange: self,
-                ticket: WithdrawOnDrop(Ticket::new()),
+                exchange: this,
+                ticket: WithdrawOnDrop(slot.ticket()),
                 is_unwanted: true,
             };
             let ticket = &outstanding.ticket;
-            let attempt = attempt(self.send(Some(address), remaining, &ticket.0), &mut slot);
+            let attempt = attempt(this.send(&ticket.0), &mut slot);
             let tried = match &mut attention {
                 None => attempt.await,
                 Some(attention) => {
@@ -90,9 +95,9 @@ impl Exchange<'_> {
                     reply => Ok(reply),
                 },
                 Try::Ended(Ended::Bad(error)) => Err(error),
-                Try::SendFailed(error) => Err(self.send_failed(error, ticket)),
+                Try::SendFailed(error) => Err(this.send_failed(error, ticket)),
                 Try::Ended(Ended::TimedOut) => {
-                    Err(deadline_exceeded(self.started, ticket.executed()))
+                    Err(deadline_exceeded(this.started, ticket.executed()))
                 }
                 Try::Ended(Ended::Closed(error)) => Err(error.with_executed(ticket.executed())),
                 // The inbox was lost before this request went out: nobody has seen it, so it goes out
@@ -117,15 +122,17 @@ impl Exchange<'_> {
         }
     }
 
-    pub(crate) async fn notify(&self) -> Result<(), Error> {
-        if self.options.is_attended() {
+    pub(crate) async fn notify(&mut self) -> Result<(), Error> {
+        if self.options.attended.is_some() {
             let message =
                 "a one-way request has no pickup timeout, no observer and nothing to cancel";
             return Err(Error::not_executed(ErrorKind::Invalid, message));
         }
         self.client.pending().check_open()?;
         let ticket = WithdrawOnDrop(Ticket::new());
-        let sending = self.send(None, self.remaining(self.started)?, &ticket.0);
+        let budget = self.remaining(self.started)?;
+        self.address(None, Deadline::after(budget));
+        let sending = self.send(&ticket.0);
         match timeout_at(self.deadline, sending).await {
             Ok(sent) => sent.map_err(|error| self.send_failed(error, &ticket)),
             Err(_) => Err(deadline_exceeded(self.started, ticket.executed())),
@@ -148,35 +155,26 @@ impl Exchange<'_> {
         }
     }
 
-    /// Not async, so that the request has no place in the future of the call.
-    fn send(
-        &self,
-        reply_to: Option<ReplyAddress>,
-        remaining: Duration,
-        ticket: &Ticket,
-    ) -> Sending<'_> {
+    /// Not async, so that the message has no place in the future of the call.
+    fn send(&self, ticket: &Ticket) -> Sending<'_> {
         self.client.transport().send(Outbound::Request {
             service: self.service.clone(),
-            request: Arc::new(self.request(reply_to, remaining)),
+            request: Arc::clone(self.request),
             expect_responder: self.options.expect_responder,
             ticket: ticket.clone(),
         })
     }
 
-    pub(crate) fn request(&self, reply_to: Option<ReplyAddress>, remaining: Duration) -> Request {
-        Request {
-            id: self.id.clone(),
-            reply_to,
-            deadline: Some(Deadline::after(remaining)),
-            method: self.options.method.clone(),
-            headers: self.options.headers.clone(),
-            content_type: self.options.content_type.clone(),
-            signals: match self.options.pickup_timeout {
-                Some(_) => Signals::Offer,
-                None => Signals::Running,
-            },
-            body: self.body.clone(),
-        }
+    /// Writes on the request what is known when it is sent. It is copied only if it was sent before.
+    pub(crate) fn address(&mut self, reply_to: Option<ReplyAddress>, deadline: Deadline) {
+        let signals = match self.options.pickup_timeout() {
+            Some(_) => Signals::Offer,
+            None => Signals::Running,
+        };
+        let request = Arc::make_mut(self.request);
+        request.reply_to = reply_to;
+        request.deadline = Some(deadline);
+        request.signals = signals;
     }
 }
 
@@ -212,7 +210,7 @@ impl Drop for Outstanding<'_> {
         if self.is_unwanted && !self.ticket.0.withdraw() {
             self.exchange.client.given_up().add(Lost {
                 service: self.exchange.service.clone(),
-                id: self.exchange.id.clone(),
+                id: self.exchange.request.id.clone(),
                 deadline: self.exchange.deadline,
             });
         }

@@ -9,12 +9,12 @@ use std::time::Duration;
 use tokio::time::timeout_at;
 
 use crate::call::Call;
-use crate::envelope::{Outcome, Reply};
+use crate::envelope::{Deadline, Outcome, Reply, Request};
 use crate::error::{Error, Executed};
 use crate::exchange::{Exchange, deadline_exceeded};
 use crate::listeners::Wants;
 use crate::name::Node;
-use crate::pending::Ended;
+use crate::pending::{Ended, Entered};
 use crate::signal::Signal;
 
 /// A request to every live server of a service; see [`Client::ask_all`](crate::Client::ask_all).
@@ -89,7 +89,7 @@ impl<Out> AskAll<Out> {
         self
     }
 
-    async fn run(self) -> Result<Gathered<Out>, Error> {
+    async fn run(mut self) -> Result<Gathered<Out>, Error> {
         Gathering {
             exchange: self.call.exchange()?,
             read: self.read,
@@ -125,11 +125,18 @@ impl<Out> Gathering<'_, Out> {
     async fn run(mut self) -> Result<Gathered<Out>, Error> {
         let id = self.exchange.number()?;
         let client = self.exchange.client;
-        let remaining = self.exchange.remaining(self.exchange.started)?;
+        let (started, ends) = (self.exchange.started, self.exchange.deadline);
+        let budget = self.exchange.remaining(started)?;
         // Listening before it is sent: a reply may be faster than the broker's word.
         let mut listening = client.listeners().listen(id, Wants::SignalsAndReplies);
-        let (mut slot, address) = client.pending().enter(id, self.exchange.deadline)?;
-        let request = self.exchange.request(Some(address), remaining);
+        let Entered {
+            mut slot,
+            address,
+            at,
+        } = client.pending().enter(id, started, ends)?;
+        let deadline = Deadline { at, budget };
+        self.exchange.address(Some(address), deadline);
+        let request = Request::clone(self.exchange.request);
         let sent = client.transport().broadcast(self.exchange.service, request);
         let Ok(sent) = timeout_at(self.exchange.deadline, sent).await else {
             return Err(deadline_exceeded(self.exchange.started, Executed::Maybe));

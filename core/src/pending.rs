@@ -3,23 +3,28 @@
 mod deadlines;
 mod ended;
 mod heartbeats;
+mod wait;
+mod wall;
+
+pub(crate) use self::wait::Wait;
 
 use std::collections::HashMap;
 use std::future::{pending, poll_fn};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
-use futures_util::FutureExt;
-use tokio::sync::{Notify, oneshot, watch};
+use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep_until};
 
 use self::deadlines::Deadlines;
 use self::ended::{EndedCalls, Fate};
 use self::heartbeats::Heartbeats;
+use self::wall::WallClock;
 use crate::envelope::{CorrelationId, Reply};
 use crate::error::{Error, ErrorKind, Executed};
 use crate::name::ReplyAddress;
+use crate::ticket::Ticket;
 use crate::transport::ConnectionState;
 
 /// What a client has seen, and what waits now.
@@ -64,12 +69,13 @@ pub(crate) struct Pending {
 
 #[derive(Debug)]
 struct Table {
-    waiting: HashMap<u128, oneshot::Sender<Ended>, foldhash::fast::RandomState>,
+    waiting: HashMap<u128, Arc<Wait>, foldhash::fast::RandomState>,
     deadlines: Deadlines,
     heartbeats: Heartbeats,
     ended: EndedCalls,
     /// Beside the calls, so that a call cannot enter with an address that was lost a moment before.
     address: ReplyAddress,
+    wall: WallClock,
     closed: Option<Error>,
     duplicates: u64,
     late: u64,
@@ -84,6 +90,7 @@ impl Pending {
             heartbeats: Heartbeats::default(),
             ended: EndedCalls::default(),
             address,
+            wall: WallClock::read(Instant::now()),
             closed: None,
             duplicates: 0,
             late: 0,
@@ -100,10 +107,11 @@ impl Pending {
     pub(crate) fn enter(
         self: &Arc<Self>,
         id: u128,
+        now: Instant,
         deadline: Instant,
-    ) -> Result<(Slot, ReplyAddress), Error> {
-        let (sender, receiver) = oneshot::channel();
-        let (is_first, address) = {
+    ) -> Result<Entered, Error> {
+        let wait = Arc::new(Wait::default());
+        let (is_first, address, at) = {
             let mut guard = self.lock();
             let table = &mut *guard;
             // Under the lock that `close` takes: else a call entered behind it would wait for nobody.
@@ -114,12 +122,13 @@ impl Pending {
                 let message = format!("{} calls wait already", self.max_pending);
                 return Err(Error::not_executed(ErrorKind::Overloaded, message));
             }
-            table.waiting.insert(id, sender);
+            table.waiting.insert(id, Arc::clone(&wait));
             let waits = |id| table.waiting.contains_key(&id);
             let is_first = table
                 .deadlines
                 .insert(deadline, id, table.waiting.len(), waits);
-            (is_first, table.address.clone())
+            let at = table.wall.at(deadline, now);
+            (is_first, table.address.clone(), at)
         };
         if is_first {
             self.earlier.notify_one();
@@ -127,10 +136,10 @@ impl Pending {
         let slot = Slot {
             pending: Arc::clone(self),
             id,
-            receiver,
+            wait,
             ended: false,
         };
-        Ok((slot, address))
+        Ok(Entered { slot, address, at })
     }
 
     /// Fails if the table is closed.
@@ -145,12 +154,12 @@ impl Pending {
             table.unknown += 1;
             return;
         };
-        if let Some(sender) = table.waiting.remove(&id) {
+        if let Some(wait) = table.waiting.remove(&id) {
             table.heartbeats.forget(id);
             table.ended.remember(id, Fate::Answered, now);
             drop(table);
-            // The receiver may be gone by a hair: its call ended first, and has its outcome.
-            let _ = sender.send(ended);
+            // Its future may be gone by a hair: the call ended first, and has its outcome.
+            wait.end(ended);
             return;
         }
         match table.ended.find(id, now) {
@@ -213,11 +222,11 @@ impl Pending {
                 let next = next.into_iter().chain(table.heartbeats.next()).min();
                 (due, lost, next)
             };
-            for sender in due {
-                let _ = sender.send(Ended::TimedOut);
+            for wait in due {
+                wait.end(Ended::TimedOut);
             }
-            for sender in lost {
-                let _ = sender.send(Ended::ServerLost);
+            for wait in lost {
+                wait.end(Ended::ServerLost);
             }
             let timer = async {
                 match next {
@@ -241,8 +250,8 @@ impl Pending {
         table.address = address;
         let waiting = table.abandon_all();
         drop(table);
-        for sender in waiting {
-            let _ = sender.send(Ended::InboxLost(error.clone()));
+        for wait in waiting {
+            wait.end(Ended::InboxLost(error.clone()));
         }
     }
 
@@ -256,8 +265,8 @@ impl Pending {
         let waiting = table.abandon_all();
         drop(table);
         self.earlier.notify_one();
-        for sender in waiting {
-            let _ = sender.send(Ended::Closed(error.clone()));
+        for wait in waiting {
+            wait.end(Ended::Closed(error.clone()));
         }
     }
 
@@ -282,25 +291,34 @@ impl Pending {
 }
 
 impl Table {
-    fn abandon_all(&mut self) -> Vec<oneshot::Sender<Ended>> {
+    fn abandon_all(&mut self) -> Vec<Arc<Wait>> {
         self.heartbeats = Heartbeats::default();
         let now = Instant::now();
         let ended = &mut self.ended;
         let waiting = self.waiting.drain();
         waiting
-            .map(|(id, sender)| {
+            .map(|(id, wait)| {
                 ended.remember(id, Fate::Abandoned, now);
-                sender
+                wait
             })
             .collect()
     }
 
-    fn abandon(&mut self, id: u128, now: Instant) -> Option<oneshot::Sender<Ended>> {
-        let sender = self.waiting.remove(&id)?;
+    fn abandon(&mut self, id: u128, now: Instant) -> Option<Arc<Wait>> {
+        let wait = self.waiting.remove(&id)?;
         self.heartbeats.forget(id);
         self.ended.remember(id, Fate::Abandoned, now);
-        Some(sender)
+        Some(wait)
     }
+}
+
+/// What a call that entered is told.
+pub(crate) struct Entered {
+    pub(crate) slot: Slot,
+    /// Where its reply is to go.
+    pub(crate) address: ReplyAddress,
+    /// Its deadline by the wall clock.
+    pub(crate) at: SystemTime,
 }
 
 /// A call's place in the table; dropping it leaves nothing behind but the memory of its id.
@@ -308,12 +326,17 @@ impl Table {
 pub(crate) struct Slot {
     pending: Arc<Pending>,
     id: u128,
-    receiver: oneshot::Receiver<Ended>,
+    wait: Arc<Wait>,
     /// It is out of the table already.
     ended: bool,
 }
 
 impl Slot {
+    /// The ticket for its request.
+    pub(crate) fn ticket(&self) -> Ticket {
+        Ticket::of(&self.wait)
+    }
+
     /// Waits for the end; not to be called again after it.
     ///
     /// **Cancel safety**: the end is not lost by dropping the future.
@@ -323,14 +346,9 @@ impl Slot {
 
     /// Waits for the end; not to be polled again after it.
     pub(crate) fn poll_ended(&mut self, cx: &mut Context<'_>) -> Poll<Ended> {
-        let ended = ready!(self.receiver.poll_unpin(cx));
+        let ended = ready!(self.wait.poll(cx));
         self.ended = true;
-        Poll::Ready(ended.unwrap_or_else(|_| {
-            Ended::Closed(Error::maybe_executed(
-                ErrorKind::Closed,
-                "the client is gone",
-            ))
-        }))
+        Poll::Ready(ended)
     }
 }
 
@@ -346,6 +364,8 @@ impl Drop for Slot {
 
 #[cfg(test)]
 mod tests {
+    use std::task::Waker;
+
     use super::ended::{ENDED_AGE, ENDED_MAX};
     use super::*;
 
@@ -363,13 +383,23 @@ mod tests {
     }
 
     fn enter(pending: &Arc<Pending>, id: u128) -> Result<(Slot, ReplyAddress), Error> {
-        pending.enter(id, Instant::now() + Duration::from_secs(30))
+        let now = Instant::now();
+        let entered = pending.enter(id, now, now + Duration::from_secs(30))?;
+        Ok((entered.slot, entered.address))
+    }
+
+    /// How a call has ended.
+    fn end(mut slot: Slot) -> Option<Ended> {
+        match slot.poll_ended(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(ended) => Some(ended),
+            Poll::Pending => None,
+        }
     }
 
     #[test]
     fn replies_are_told_apart() {
         let pending = table(10);
-        let (mut answered, _) = enter(&pending, 1).unwrap();
+        let (answered, _) = enter(&pending, 1).unwrap();
         let (dropped, _) = enter(&pending, 2).unwrap();
         assert_eq!(pending.stats().pending, 2);
         answer(&pending, 1);
@@ -389,7 +419,7 @@ mod tests {
             unknown: 2,
         };
         assert_eq!(pending.stats(), stats);
-        assert!(matches!(answered.receiver.try_recv(), Ok(Ended::Reply(_))));
+        assert!(matches!(end(answered), Some(Ended::Reply(_))));
     }
 
     #[tokio::test(start_paused = true)]
@@ -417,23 +447,23 @@ mod tests {
     #[test]
     fn a_lost_inbox_ends_what_waits_and_changes_the_address() {
         let pending = table(1);
-        let (mut slot, address) = enter(&pending, 1).unwrap();
+        let (slot, address) = enter(&pending, 1).unwrap();
         assert_eq!(address.as_str(), "inbox");
         assert_eq!(
             enter(&pending, 2).unwrap_err().kind(),
             ErrorKind::Overloaded
         );
         pending.inbox_lost(&closed(), ReplyAddress::new("other").unwrap());
-        assert!(matches!(slot.receiver.try_recv(), Ok(Ended::InboxLost(_))));
+        assert!(matches!(end(slot), Some(Ended::InboxLost(_))));
         assert_eq!(enter(&pending, 3).unwrap().1.as_str(), "other");
     }
 
     #[test]
     fn nobody_enters_a_closed_table() {
         let pending = table(10);
-        let (mut slot, _) = enter(&pending, 1).unwrap();
+        let (slot, _) = enter(&pending, 1).unwrap();
         pending.close(&closed());
-        assert!(matches!(slot.receiver.try_recv(), Ok(Ended::Closed(_))));
+        assert!(matches!(end(slot), Some(Ended::Closed(_))));
         assert_eq!(enter(&pending, 2).unwrap_err().kind(), ErrorKind::Closed);
     }
 
@@ -452,12 +482,12 @@ mod tests {
         let after = |milliseconds| start + Duration::from_millis(milliseconds);
         // Those that end early, many of them, leave the others their deadlines.
         for id in 1000..2000 {
-            drop(pending.enter(id, after(5)).unwrap());
+            drop(pending.enter(id, start, after(5)).unwrap());
         }
         let mut calls = Vec::new();
         for (id, milliseconds) in [(1, 300), (2, 100), (3, 200), (4, 100)] {
-            let (slot, _) = pending.enter(id, after(milliseconds)).unwrap();
-            calls.push((slot, after(milliseconds)));
+            let entered = pending.enter(id, start, after(milliseconds)).unwrap();
+            calls.push((entered.slot, after(milliseconds)));
             tokio::task::yield_now().await;
         }
         calls.sort_by_key(|(_, deadline)| *deadline);

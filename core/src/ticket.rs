@@ -1,8 +1,11 @@
 //! Who wins between sending a request and giving it up.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::Ordering;
 
+use crate::pending::Wait;
+
+/// As a ticket begins.
 const WAITING: u8 = 0;
 const COMMITTED: u8 = 1;
 const WITHDRAWN: u8 = 2;
@@ -13,13 +16,18 @@ const WITHDRAWN: u8 = 2;
 /// future is dropped. Exactly one of them succeeds. So a call that times out in front of a broken connection knows that
 /// it was never executed, and a request is never sent after its caller has gone.
 #[derive(Clone, Debug)]
-pub struct Ticket(Arc<AtomicU8>);
+pub struct Ticket(Arc<Wait>);
 
 impl Ticket {
     /// A ticket that is neither committed nor withdrawn.
     #[must_use]
     pub fn new() -> Self {
-        Self(Arc::new(AtomicU8::new(WAITING)))
+        Self(Arc::default())
+    }
+
+    /// The ticket of a call that waits.
+    pub(crate) fn of(wait: &Arc<Wait>) -> Self {
+        Self(Arc::clone(wait))
     }
 
     /// For the transport: true if the request may be sent now, and counts as sent from now on. True again if it was
@@ -32,9 +40,12 @@ impl Ticket {
     /// For the transport: the request was sent and came back as it was, so that it may be withdrawn again. Only if that is
     /// certain.
     pub fn reopen(&self) {
-        let _ = self
-            .0
-            .compare_exchange(COMMITTED, WAITING, Ordering::AcqRel, Ordering::Acquire);
+        let _ = self.0.decided.compare_exchange(
+            COMMITTED,
+            WAITING,
+            Ordering::AcqRel,
+            Ordering::Acquire,
+        );
     }
 
     /// For the caller: true if the request was not sent, and will not be.
@@ -46,13 +57,14 @@ impl Ticket {
     /// True if the caller gave up before it was sent; such a request may be forgotten.
     #[must_use]
     pub fn is_withdrawn(&self) -> bool {
-        self.0.load(Ordering::Acquire) == WITHDRAWN
+        self.0.decided.load(Ordering::Acquire) == WITHDRAWN
     }
 
     /// The state after the attempt to move from waiting to `state`.
     fn decide(&self, state: u8) -> u8 {
         match self
             .0
+            .decided
             .compare_exchange(WAITING, state, Ordering::AcqRel, Ordering::Acquire)
         {
             Ok(_) => state,

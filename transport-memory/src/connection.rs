@@ -1,6 +1,5 @@
 //! One connection to the broker: whether anything passes, and what waits until it does.
 
-use std::future::Future;
 use std::pin::pin;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex};
@@ -185,7 +184,7 @@ impl Connection {
         &self,
         settlement: MemorySettlement,
         settle: Settle,
-    ) -> impl Future<Output = Result<(), Error>> + use<> {
+    ) -> oneshot::Receiver<Result<(), Error>> {
         let (done, answer) = oneshot::channel();
         lock(&self.parked).push(Parked {
             settlement,
@@ -196,13 +195,13 @@ impl Connection {
         if !self.is_paused() || self.is_closed() {
             self.unpark();
         }
-        async { answer.await.unwrap_or_else(|_| Err(closed("connection"))) }
+        answer
     }
 
     fn unpark(&self) {
         let parked = mem::take(&mut *lock(&self.parked));
         for Parked {
-            settlement,
+            mut settlement,
             settle,
             done,
         } in parked

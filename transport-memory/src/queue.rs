@@ -149,21 +149,26 @@ impl Queue {
         });
     }
 
-    /// Ends a held delivery for good; `None` if it is held no more.
-    pub(crate) fn settle(&self, key: Key) -> Option<()> {
+    /// Ends a held delivery for good, and gives its request; `None` if it is held no more.
+    pub(crate) fn settle(&self, key: Key) -> Option<Arc<Request>> {
         self.update(|state, effects| {
-            let held = state.held.remove(key)?;
-            state.free_hand(held.session, effects);
-            Some(())
+            let Held { queued, session } = state.held.remove(key)?;
+            state.free_hand(session, effects);
+            Some(queued.request)
         })
     }
 
-    /// Moves a held delivery to the dead letters; `None` if it is held no more.
-    pub(crate) fn bury(&self, key: Key, reason: String, config: &MemoryConfig) -> Option<()> {
+    /// Moves a held delivery to the dead letters, and gives its request; `None` if it is held no more.
+    pub(crate) fn bury(
+        &self,
+        key: Key,
+        reason: String,
+        config: &MemoryConfig,
+    ) -> Option<Arc<Request>> {
         self.update(|state, effects| {
             let Held { queued, session } = state.held.remove(key)?;
             state.dead.push_back(DeadLetter {
-                request: Arc::unwrap_or_clone(queued.request),
+                request: Request::clone(&queued.request),
                 attempt: queued.attempt,
                 reason,
             });
@@ -171,7 +176,7 @@ impl Queue {
                 state.dead.pop_front();
             }
             state.free_hand(session, effects);
-            Some(())
+            Some(queued.request)
         })
     }
 
@@ -185,7 +190,6 @@ impl Queue {
         })
     }
 
-    /// Ends a session; what is in its hands stays there.
     /// Takes out a request that nobody has. The latest are looked at first: a caller that gives up mostly does so soon.
     pub(crate) fn withdraw(&self, id: &CorrelationId) -> bool {
         let mut state = lock(&self.state);
@@ -196,6 +200,7 @@ impl Queue {
         found.and_then(|index| state.ready.remove(index)).is_some()
     }
 
+    /// Ends a session; what is in its hands stays there.
     pub(crate) fn stop(&self, key: Key) {
         self.update(|state, effects| state.end(key, closed("subscription"), effects));
     }

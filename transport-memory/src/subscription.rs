@@ -1,12 +1,15 @@
 //! A server's half of a subscription, and of each delivery.
 
 use std::future::poll_fn;
+use std::mem;
+use std::pin::Pin;
 use std::sync::Arc;
-use std::task::Poll;
+use std::task::{Context, Poll, ready};
 
 use antiphon_core::transport::{Delivery, Settle, Settlement, Subscription, SubscriptionEvent};
-use antiphon_core::{Error, ErrorKind, ReplyAddress};
+use antiphon_core::{Error, ErrorKind};
 use async_trait::async_trait;
+use tokio::sync::oneshot;
 use tokio::task::coop;
 
 use crate::closed;
@@ -64,8 +67,8 @@ impl Subscription for MemorySubscription {
                         let deliver = |taken: Taken| {
                             let settlement = MemorySettlement {
                                 link: Arc::clone(link),
-                                reply_to: taken.request.reply_to.clone(),
                                 held: Some(taken.key),
+                                stage: Stage::Still,
                             };
                             Delivery::new(
                                 taken.request,
@@ -114,27 +117,66 @@ impl Drop for Wait<'_> {
     }
 }
 
+/// It is the future of its own settling, so that this needs no other place.
 #[derive(Debug)]
 pub(crate) struct MemorySettlement {
     link: Arc<Link>,
-    reply_to: Option<ReplyAddress>,
     /// None once it is settled.
     held: Option<Key>,
+    stage: Stage,
 }
 
-#[async_trait]
+#[derive(Debug)]
+enum Stage {
+    /// Nobody settles it, or not any more.
+    Still,
+    Settling(Settle),
+    /// Its connection is paused.
+    Parked(oneshot::Receiver<Result<(), Error>>),
+}
+
 impl Settlement for MemorySettlement {
-    async fn settle(self: Box<Self>, settle: Settle) -> Result<(), Error> {
-        if self.link.connection.is_paused() {
-            let link = Arc::clone(&self.link);
-            return link.connection.park(*self, settle).await;
+    fn settle<'a>(
+        mut self: Box<Self>,
+        settle: Settle,
+    ) -> Pin<Box<dyn Future<Output = Result<(), Error>> + Send + 'a>>
+    where
+        Self: 'a,
+    {
+        self.stage = Stage::Settling(settle);
+        Box::into_pin(self)
+    }
+}
+
+impl Future for MemorySettlement {
+    type Output = Result<(), Error>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        let this = &mut *self;
+        if let Stage::Settling(settle) = mem::replace(&mut this.stage, Stage::Still) {
+            if !this.link.connection.is_paused() {
+                return Poll::Ready(this.settle_now(settle));
+            }
+            let parked = Self {
+                link: Arc::clone(&this.link),
+                held: this.held.take(),
+                stage: Stage::Still,
+            };
+            this.stage = Stage::Parked(this.link.connection.park(parked, settle));
         }
-        self.settle_now(settle)
+        match &mut this.stage {
+            Stage::Parked(answer) => {
+                let answer = ready!(Pin::new(answer).poll(cx));
+                Poll::Ready(answer.unwrap_or_else(|_| Err(closed("connection"))))
+            }
+            // It was polled to its end before.
+            _ => Poll::Ready(Err(this.lost())),
+        }
     }
 }
 
 impl MemorySettlement {
-    pub(crate) fn settle_now(mut self, settle: Settle) -> Result<(), Error> {
+    pub(crate) fn settle_now(&mut self, settle: Settle) -> Result<(), Error> {
         let Some(key) = self.held.take() else {
             return Err(self.lost());
         };
@@ -146,11 +188,14 @@ impl MemorySettlement {
             Settle::DeadLetter { reason, reply } => {
                 (queue.bury(key, reason, &connection.hub().config), reply)
             }
-            Settle::Release => (queue.give_back(key, Return::Uncounted), None),
+            Settle::Release => {
+                let returned = queue.give_back(key, Return::Uncounted);
+                return returned.ok_or_else(|| self.lost());
+            }
         };
-        settled.ok_or_else(|| self.lost())?;
-        if let Some((to, reply)) = self.reply_to.take().zip(reply) {
-            connection.hub().reply(&to, reply);
+        let request = settled.ok_or_else(|| self.lost())?;
+        if let (Some(to), Some(reply)) = (&request.reply_to, reply) {
+            connection.hub().reply(to, reply);
         }
         Ok(())
     }

@@ -84,9 +84,10 @@ impl Service {
         let given_up = CancellationToken::new();
         let _entered = self.running.enter(&delivery.request.id, given_up.clone());
         let deadline = expires.min(now + patience);
-        let Ok((mut slot, address)) = self.client.pending().enter(number, deadline) else {
+        let Ok(entered) = self.client.pending().enter(number, now, deadline) else {
             return Answer::Unheard;
         };
+        let (mut slot, address) = (entered.slot, entered.address);
         let offer = Signal::Offer {
             node: self.node.clone(),
             to: address,

@@ -80,7 +80,7 @@ pub enum CallEvent {
 /// What ends it well.
 #[derive(Debug)]
 enum Finish<Out> {
-    Reply(fn(Reply) -> Result<Out, Error>),
+    Reply(fn(Arc<Reply>) -> Result<Out, Error>),
     Accepted(fn() -> Out),
 }
 
@@ -287,7 +287,8 @@ impl Call<Reply> {
         body: Result<Bytes, Error>,
         content_type: Option<ContentType>,
     ) -> Self {
-        Self::new(client, service, body, content_type, Finish::Reply(Ok))
+        let read = |reply: Arc<Reply>| -> Result<Reply, Error> { Ok(Arc::unwrap_or_clone(reply)) };
+        Self::new(client, service, body, content_type, Finish::Reply(read))
     }
 }
 
@@ -323,7 +324,7 @@ impl<Out: serde::de::DeserializeOwned> Call<Out> {
         service: Result<ServiceName, Error>,
         input: &(impl serde::Serialize + ?Sized),
     ) -> Self {
-        let read = |reply: Reply| crate::codec::read(&reply.body);
+        let read = |reply: Arc<Reply>| crate::codec::read(&reply.body);
         Self::new(
             client,
             service,

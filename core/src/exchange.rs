@@ -47,7 +47,7 @@ impl Exchange<'_> {
         })
     }
 
-    pub(crate) async fn call(&mut self) -> Result<Reply, Error> {
+    pub(crate) async fn call(&mut self) -> Result<Arc<Reply>, Error> {
         let number = self.number()?;
         let mut now = self.started;
         loop {
@@ -87,12 +87,11 @@ impl Exchange<'_> {
                 }
             };
             let result = match tried {
-                Try::Ended(Ended::Reply(reply)) => match Arc::unwrap_or_clone(reply) {
-                    Reply {
-                        outcome: Outcome::Fault { fault, executed },
-                        ..
-                    } => Err(Error::from_fault(fault, executed)),
-                    reply => Ok(reply),
+                Try::Ended(Ended::Reply(reply)) => match &reply.outcome {
+                    Outcome::Fault { fault, executed } => {
+                        Err(Error::from_fault(fault.clone(), *executed))
+                    }
+                    _ => Ok(reply),
                 },
                 Try::Ended(Ended::Bad(error)) => Err(error),
                 Try::SendFailed(error) => Err(this.send_failed(error, ticket)),

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
 use tokio::runtime::{Handle, RuntimeFlavor};
@@ -28,6 +29,8 @@ use crate::transport::{Delivery, Outbound};
 
 /// After so long, what was delivered together is served by tasks, so that timers and others get their turn.
 const IN_PLACE_MAX: Duration = Duration::from_micros(200);
+
+type Serving = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// One service of one server.
 pub(crate) struct Service {
@@ -66,19 +69,31 @@ impl Service {
         all: &TaskTracker,
         own: Option<&TaskTracker>,
     ) {
-        let spawn = |serving: Pin<Box<dyn Future<Output = ()> + Send>>| match own {
-            None => all.spawn(serving),
-            Some(own) => all.spawn(own.track_future(serving)),
-        };
         let in_place = Handle::current().runtime_flavor() == RuntimeFlavor::CurrentThread;
-        let started = Instant::now();
-        let mut now = started;
+        let mut now = Instant::now();
+        let until = now + IN_PLACE_MAX;
         for delivery in deliveries {
-            if !in_place || now - started >= IN_PLACE_MAX || !self.is_plain(&delivery) {
-                spawn(Box::pin(Arc::clone(self).serve(delivery)));
-            } else if let Some(left) = self.begin(delivery, &mut now) {
-                spawn(Box::pin(Arc::clone(self).finish(left)));
-            }
+            // Boxed, since a task moves its future about.
+            let serving: Serving = if !in_place || now >= until {
+                Box::pin(Arc::clone(self).serve(delivery))
+            } else if self.is_plain(&delivery) {
+                match self.begin(delivery, &mut now) {
+                    Some(left) => Box::pin(Arc::clone(self).finish(left)),
+                    None => continue,
+                }
+            } else {
+                let mut serving = Box::pin(Arc::clone(self).serve(delivery));
+                let polled = execution::poll_once(&mut serving);
+                now = Instant::now();
+                match polled {
+                    Poll::Ready(()) => continue,
+                    Poll::Pending => serving,
+                }
+            };
+            match own {
+                None => all.spawn(serving),
+                Some(own) => all.spawn(own.track_future(serving)),
+            };
         }
     }
 

@@ -94,7 +94,10 @@ impl Hub {
         let mut expires = None;
         if let Some(deadline) = request.deadline {
             expires = entered.checked_add(deadline.budget);
-            let waited = now - entered;
+            let waited = match now == entered {
+                true => Duration::ZERO,
+                false => now - entered,
+            };
             if deadline.budget <= waited {
                 return Err(Error::not_executed(
                     ErrorKind::DeadlineExceeded,

@@ -64,8 +64,7 @@ impl EndedCalls {
 
     fn forget_old(&mut self, now: Instant) {
         while let Some(oldest) = self.recent.front()
-            && (self.recent.len() > ENDED_MAX
-                || now.saturating_duration_since(oldest.at) > ENDED_AGE)
+            && (self.recent.len() > ENDED_MAX || oldest.at + ENDED_AGE < now)
         {
             // A call that entered again, behind a lost inbox, ended twice: the later end stays.
             if self.indexed > 0

@@ -12,6 +12,7 @@ const STEADY: Duration = Duration::from_secs(1);
 pub(super) struct WallClock {
     here: Instant,
     there: SystemTime,
+    steady_until: Instant,
 }
 
 impl WallClock {
@@ -19,12 +20,13 @@ impl WallClock {
         Self {
             here: now,
             there: SystemTime::now(),
+            steady_until: now + STEADY,
         }
     }
 
     /// What it will say at `instant`, to the second.
     pub(super) fn at(&mut self, instant: Instant, now: Instant) -> SystemTime {
-        if now.saturating_duration_since(self.here) > STEADY {
+        if now > self.steady_until {
             *self = Self::read(now);
         }
         let ahead = instant.saturating_duration_since(self.here);

@@ -438,7 +438,7 @@ enum Why {
 }
 
 /// Polls a future that is polled again, if it is not ready: this poll wakes nobody.
-fn poll_once<F: Future + Unpin>(future: &mut F) -> Poll<F::Output> {
+pub(super) fn poll_once<F: Future + Unpin>(future: &mut F) -> Poll<F::Output> {
     Pin::new(future).poll(&mut task::Context::from_waker(Waker::noop()))
 }
 

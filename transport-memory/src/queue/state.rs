@@ -368,8 +368,7 @@ impl Queued {
     /// True once it has been expired for so long that no server need report it.
     pub(super) fn is_forgotten(&self, now: Instant, config: &MemoryConfig) -> bool {
         self.expires
-            .and_then(|expires| now.checked_duration_since(expires))
-            .is_some_and(|past| past >= config.keep_expired)
+            .is_some_and(|expires| expires <= now && now - expires >= config.keep_expired)
     }
 }
 

@@ -52,10 +52,9 @@ impl Exchange<'_> {
         let mut now = self.started;
         loop {
             let budget = self.remaining(now)?;
-            let mut attention = match &self.options.attended {
-                Some(attended) => Some(Box::new(Attention::new(self, attended, number))),
-                None => None,
-            };
+            let attended = self.options.attended.as_ref();
+            let mut attention =
+                attended.map(|attended| Box::new(Attention::new(self, attended, number)));
             // Entered before it is sent: a reply may be there before `send` resolves.
             let Entered {
                 mut slot,

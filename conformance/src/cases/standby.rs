@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use antiphon_core::transport::SubscribeOptions;
 use antiphon_core::{
-    Engagement, Error, ErrorKind, Fault, Reply, RunningServer, Server, ServiceName,
+    Context, Engagement, Error, ErrorKind, Fault, Reply, RunningServer, Server, ServiceName,
 };
 use bytes::Bytes;
 use tokio::task::JoinHandle;
@@ -24,6 +24,7 @@ cases!("standby": [
     newcomer_takes_over: G10,
     newcomer_waits_for_what_runs: G10,
     newcomer_fences_off_a_deaf_owner: G10,
+    newcomer_fences_off_nobody_who_hears: G10,
     standby_has_all_or_none: G10,
     standby_owns_a_second_time: G10,
 ]);
@@ -238,6 +239,43 @@ async fn newcomer_fences_off_a_deaf_owner(bench: Bench) -> Verdict {
         Err(error) => same("what it is told", error.kind(), ErrorKind::AlreadyOwned),
         Ok(_) => Err(Stop::failed("the former owner takes", "it gets nothing")),
     }
+}
+
+/// Of two services, one has an owner that does not hear. The other one's is asked all the same, and ends what it has begun.
+async fn newcomer_fences_off_nobody_who_hears(bench: Bench) -> Verdict {
+    let (deaf, hears) = (bench.service("deaf")?, bench.service("hears")?);
+    let connected = bench.connect().await?.transport;
+    if !connected.capabilities().take_over {
+        return Err(Stop::Unsupported(
+            "an owner that lives cannot be fenced off on this broker".to_owned(),
+        ));
+    }
+    let exclusive = SubscribeOptions::exclusive(1);
+    let _deaf = Requests::subscribe(&connected, &deaf, exclusive).await?;
+    let handler = |name: &'static str| {
+        move |_: Bytes, context: Context| async move {
+            sleep(QUIET / 2).await;
+            Ok::<_, Fault>(format!("{name} {}", context.attempt()))
+        }
+    };
+    let owner = bench.server().await?.exclusive();
+    let _owner = start(owner.handle_raw(&hears, handler("owner"))).await?;
+    let newcomer = bench.server().await?.take_over();
+    let newcomer = newcomer
+        .handle_raw(&deaf, handler("newcomer"))
+        .handle_raw(&hears, handler("newcomer"));
+    let newcomer = tokio::spawn(newcomer.start());
+    let client = bench.client().await?;
+    let end = Instant::now() + 3 * PROMPT;
+    loop {
+        let reply = ok("call", client.call_raw(&hears, "")).await?;
+        if reply.body == "newcomer 1" {
+            break;
+        }
+        body_is("who answers before", &reply.body, "owner 1")?;
+        ensure("take over", Instant::now() < end, "it is done in time")?;
+    }
+    joined("the newcomer", newcomer).await.map(drop)
 }
 
 async fn standby_has_all_or_none(bench: Bench) -> Verdict {

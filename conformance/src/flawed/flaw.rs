@@ -180,7 +180,10 @@ flaws! {
     ],
 
     /// An owner that lives keeps its service, whoever would take over.
-    FencesOffNobody => ["standby/newcomer_fences_off_a_deaf_owner"],
+    FencesOffNobody => [
+        "standby/newcomer_fences_off_a_deaf_owner",
+        "standby/newcomer_fences_off_nobody_who_hears",
+    ],
 
     // Ends.
 

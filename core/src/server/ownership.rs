@@ -10,13 +10,16 @@ use crate::config::{self, Ownership, ServerConfig};
 use crate::control;
 use crate::error::{Error, ErrorKind};
 use crate::name::ServiceName;
-use crate::transport::{SubscribeMode, SubscribeOptions, Subscription, Transport};
+use crate::transport::{SubscribeOptions, Subscription, Transport};
 
 /// How often a standby looks whether the owner has gone. Brokers do not tell.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 
-/// How often a newcomer asks the owner to hand over.
-const ASK_EVERY: Duration = Duration::from_secs(2);
+/// How long one question to hand over waits for its answer. Then it is asked again: who has just become the owner did not hear it.
+const ASK_FOR: Duration = Duration::from_secs(1);
+
+/// How long an owner may be silent beside the grace in which its handlers end.
+const HEARS_WITHIN: Duration = Duration::from_secs(2);
 
 /// Subscribes for one server.
 #[derive(Clone, Debug)]
@@ -32,14 +35,15 @@ impl Owner {
         &self,
         services: &[ServiceName],
     ) -> Result<Vec<Box<dyn Subscription>>, Error> {
-        let mut asked: Option<Instant> = None;
-        let mut options = match self.config.ownership {
-            Ownership::Shared => SubscribeOptions::shared(self.config.prefetch),
-            _ => SubscribeOptions::exclusive(self.config.prefetch),
-        };
+        // Whose owner is asked to hand over, and since when.
+        let mut asked: Option<(ServiceName, Instant)> = None;
         loop {
+            // Once, and then the next owner has as long to hear.
+            let hears_nobody =
+                asked.take_if(|(_, since)| since.elapsed() >= self.config.grace + HEARS_WITHIN);
+            let fenced_off = hears_nobody.map(|(service, _)| service);
             // None is kept while another is waited for: somebody else may need it meanwhile.
-            let (service, error) = match self.try_subscribe(services, options).await {
+            let (service, error) = match self.try_subscribe(services, fenced_off.as_ref()).await {
                 Ok(subscriptions) => return Ok(subscriptions),
                 Err(failed) => failed,
             };
@@ -49,16 +53,24 @@ impl Owner {
                     return Err(error);
                 }
                 Ownership::Standby => {}
+                Ownership::TakeOver if error.kind() != ErrorKind::AlreadyOwned => asked = None,
                 Ownership::TakeOver => {
-                    if asked.is_none_or(|asked| asked.elapsed() >= ASK_EVERY) {
-                        asked = Some(Instant::now());
-                        if !self.ask(&service).await {
-                            // It hears nobody: it hangs, or is cut off.
-                            options.mode = SubscribeMode::TakeOver;
+                    let since = match asked {
+                        Some((before, since)) if before == service => since,
+                        _ => Instant::now(),
+                    };
+                    asked = match self.ask(&service).await {
+                        Ok(false) => Some((service, since)),
+                        Ok(true) => {
+                            asked = None;
+                            continue;
                         }
-                        // Either way there is nothing to wait for.
-                        continue;
-                    }
+                        // That it was silent is not known.
+                        Err(error) => {
+                            tracing::debug!(%service, %error, "the owner could not be asked to hand over");
+                            None
+                        }
+                    };
                 }
             }
             // Not all at once, if many stand by.
@@ -71,10 +83,16 @@ impl Owner {
     async fn try_subscribe(
         &self,
         services: &[ServiceName],
-        options: SubscribeOptions,
+        fenced_off: Option<&ServiceName>,
     ) -> Result<Vec<Box<dyn Subscription>>, (ServiceName, Error)> {
+        let prefetch = self.config.prefetch;
         let mut subscriptions = Vec::with_capacity(services.len());
         for service in services {
+            let options = match self.config.ownership {
+                Ownership::Shared => SubscribeOptions::shared(prefetch),
+                _ if fenced_off == Some(service) => SubscribeOptions::take_over(prefetch),
+                _ => SubscribeOptions::exclusive(prefetch),
+            };
             let subscribe = self.transport.subscribe(service, options);
             match config::bounded("subscribe", subscribe).await {
                 Ok(subscription) => subscriptions.push(subscription),
@@ -85,21 +103,14 @@ impl Owner {
     }
 
     /// Asks the owner to hand over. True if it has.
-    async fn ask(&self, service: &ServiceName) -> bool {
+    async fn ask(&self, service: &ServiceName) -> Result<bool, Error> {
         let asked = self
             .client
             .ask_all_raw(service, "")
             .method(control::HAND_OVER)
-            .timeout(self.config.grace + ASK_EVERY)
-            .at_most(1)
-            .await;
-        match asked {
-            Ok(gathered) => !gathered.answers.is_empty(),
-            Err(error) => {
-                tracing::debug!(%service, %error, "the owner could not be asked to hand over");
-                false
-            }
-        }
+            .timeout(ASK_FOR)
+            .at_most(1);
+        Ok(!asked.await?.answers.is_empty())
     }
 }
 

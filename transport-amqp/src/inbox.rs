@@ -368,7 +368,7 @@ async fn declare(
         };
         let consume = channel.basic_consume(
             queue,
-            ShortString::default(),
+            naming::CONSUMER.into(),
             options,
             FieldTable::default(),
         );

@@ -19,7 +19,7 @@ use crate::acker::Acker;
 use crate::config::AmqpConfig;
 use crate::error::{Failure, NOT_FOUND, closed};
 use crate::link::{Link, Session, backoff, bounded};
-use crate::naming::QueueNames;
+use crate::naming::{self, QueueNames};
 use crate::topology::{self, Lingering};
 
 /// How long a subscription waits for its retry queue before it serves without.
@@ -267,7 +267,7 @@ impl Lane {
         bounded("basic.qos", qos).await?;
         let consume = channel.basic_consume(
             queue.clone(),
-            ShortString::default(),
+            naming::CONSUMER.into(),
             BasicConsumeOptions::default(),
             FieldTable::default(),
         );

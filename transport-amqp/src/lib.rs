@@ -8,6 +8,7 @@ mod config;
 mod courier;
 mod dial;
 mod error;
+mod handshake;
 #[cfg(feature = "conformance")]
 mod harness;
 mod held;
@@ -25,6 +26,7 @@ mod recovery;
 mod refused;
 mod roller;
 mod settle;
+mod slip;
 mod subscription;
 mod topology;
 mod transport;

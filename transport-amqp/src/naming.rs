@@ -61,6 +61,9 @@ pub(crate) fn random_inbox() -> String {
     format!("antiphon.inbox.{}", Uuid::new_v4().simple())
 }
 
+/// The tag of our consumers, of which each has a channel of its own. What the broker would give comes with every delivery, and is longer.
+pub(crate) const CONSUMER: &str = "antiphon";
+
 /// The exchange through which every server of a service is reached. Every broker has it.
 pub(crate) const TO_ALL: &str = "amq.direct";
 

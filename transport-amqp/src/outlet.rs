@@ -7,7 +7,8 @@ use bytes::Bytes;
 use lapin::BasicProperties;
 use lapin::types::ShortString;
 
-use crate::press::{PressChannel, Told, Unsent};
+use crate::press::{PressChannel, Unsent};
+use crate::slip::Told;
 use crate::wire::Destination;
 
 /// Plain peers that have no inbox give addresses that begin so.
@@ -45,7 +46,9 @@ pub(crate) struct Outlet<T> {
     first: u64,
     /// What was published and not confirmed, by its tag. None: confirmed before what was published before it.
     slots: VecDeque<Option<Slot<T>>>,
-    /// How many slots there are, their bytes, and how many of them are to wake who waits.
+    /// What no channel would take.
+    unwritable: Vec<T>,
+    /// How many of both there are, their bytes, and how many of them are to wake who waits.
     pending: usize,
     bytes: usize,
     prompt: usize,
@@ -69,6 +72,7 @@ impl<T> Outlet<T> {
             // The broker counts from 1 on each channel.
             first: 1,
             slots: VecDeque::new(),
+            unwritable: Vec::new(),
             pending: 0,
             bytes: 0,
             prompt: 0,
@@ -108,7 +112,9 @@ impl<T> Outlet<T> {
             Err(Unsent::Closed) => return Err(token),
             Err(Unsent::Unwritable(reason)) => {
                 tracing::error!(reason, "a message that cannot be written");
-                return Err(token);
+                self.pending += 1;
+                self.unwritable.push(token);
+                return Ok(());
             }
         }
         self.pending += 1;
@@ -135,6 +141,13 @@ impl<T> Outlet<T> {
 
     /// Takes out all messages whose fate is known.
     pub(crate) fn sweep(&mut self, fates: &mut Vec<(T, Fate)>) {
+        self.pending -= self.unwritable.len();
+        // The broker would not take it either.
+        fates.extend(
+            self.unwritable
+                .drain(..)
+                .map(|token| (token, Fate::Refused)),
+        );
         for told in self.channel.take_told() {
             match told {
                 Told::Acked { tag, multiple } => self.confirm(tag, multiple, true, fates),
@@ -216,5 +229,316 @@ impl<T> Slot<T> {
             (false, false) => Fate::Refused,
         };
         (self.token, fate)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+    use std::time::Duration;
+
+    use amq_protocol::frame::{AMQPContentHeader, AMQPFrame};
+    use amq_protocol::protocol::{AMQPClass, basic, channel, confirm, connection};
+    use lapin::types::{AMQPValue, FieldTable};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::{TcpListener, TcpStream};
+    use tokio::sync::watch;
+    use tokio::time::timeout;
+
+    use super::*;
+    use crate::config::AmqpConfig;
+    use crate::error::Failure;
+    use crate::link::Life;
+    use crate::press::Press;
+    use crate::wire::{self, Frame};
+
+    const LIMIT: Duration = Duration::from_secs(10);
+
+    /// The other end, which says what it is told to.
+    struct Broker {
+        stream: TcpStream,
+        input: Vec<u8>,
+    }
+
+    impl Broker {
+        async fn accept(listener: TcpListener) -> Self {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut header = [0; 8];
+            stream.read_exact(&mut header).await.unwrap();
+            assert_eq!(&header, b"AMQP\0\0\x09\x01");
+            let input = Vec::new();
+            let mut broker = Self { stream, input };
+            let start = connection::Start {
+                version_major: 0,
+                version_minor: 9,
+                mechanisms: "PLAIN".into(),
+                locales: "en_US".into(),
+                ..connection::Start::default()
+            };
+            broker.say_here(connection::AMQPMethod::Start(start)).await;
+            let method = broker.method().await;
+            let AMQPClass::Connection(connection::AMQPMethod::StartOk(ok)) = method else {
+                panic!("{method:?}");
+            };
+            assert_eq!(ok.response.as_bytes(), b"\0guest\0guest");
+            broker
+        }
+
+        async fn open(listener: TcpListener) -> Self {
+            let mut broker = Self::accept(listener).await;
+            let tune = connection::Tune {
+                channel_max: 8,
+                frame_max: 4096,
+                heartbeat: 1,
+            };
+            broker.say_here(connection::AMQPMethod::Tune(tune)).await;
+            for _ in ["connection.tune-ok", "connection.open"] {
+                broker.method().await;
+            }
+            let ok = connection::AMQPMethod::OpenOk(connection::OpenOk {});
+            broker.say_here(ok).await;
+            broker
+        }
+
+        async fn open_channel(&mut self, id: u16) {
+            for _ in ["channel.open", "confirm.select"] {
+                self.method().await;
+            }
+            let ok = channel::AMQPMethod::OpenOk(channel::OpenOk {});
+            self.say(id, AMQPClass::Channel(ok)).await;
+            let ok = confirm::AMQPMethod::SelectOk(confirm::SelectOk {});
+            self.say(id, AMQPClass::Confirm(ok)).await;
+        }
+
+        async fn say_here(&mut self, method: connection::AMQPMethod) {
+            self.say(0, AMQPClass::Connection(method)).await;
+        }
+
+        async fn say(&mut self, id: u16, method: AMQPClass) {
+            self.say_frame(&AMQPFrame::Method(id, method)).await;
+        }
+
+        async fn say_frame(&mut self, frame: &AMQPFrame) {
+            let mut out = Vec::new();
+            wire::put_frame(&mut out, frame).unwrap();
+            self.stream.write_all(&out).await.unwrap();
+        }
+
+        /// All that was said until the end.
+        async fn heard(&mut self) -> Vec<u8> {
+            // A connection that is cut may end in an error.
+            let _ = self.stream.read_to_end(&mut self.input).await;
+            std::mem::take(&mut self.input)
+        }
+
+        /// The next method that is heard, whatever else comes before it.
+        async fn method(&mut self) -> AMQPClass {
+            loop {
+                if let Some((frame, length)) = wire::take_frame(&self.input).unwrap() {
+                    self.input.drain(..length);
+                    match frame {
+                        Frame::Other(AMQPFrame::Method(_, method)) => return method,
+                        _ => continue,
+                    }
+                }
+                let read = self.stream.read_buf(&mut self.input).await.unwrap();
+                assert!(read > 0, "nothing more is said");
+            }
+        }
+    }
+
+    /// Connects to a broker that is played by `play`.
+    async fn connect<F: Future<Output = Broker>>(
+        play: impl FnOnce(TcpListener) -> F,
+    ) -> (Result<Press, Failure>, Broker) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let config = AmqpConfig::from_url(&format!("amqp://{address}")).unwrap();
+        let press = Press::begin(&config, "publish", LIMIT, 1, watch::Sender::new(None));
+        timeout(LIMIT, async { tokio::join!(press, play(listener)) })
+            .await
+            .expect("a handshake")
+    }
+
+    async fn outlet(press: &Press, broker: &mut Broker, id: u16) -> Outlet<u32> {
+        let (channel, ()) = tokio::join!(press.channel(), broker.open_channel(id));
+        Outlet::new(channel.unwrap())
+    }
+
+    fn publish(outlet: &mut Outlet<u32>, tokens: impl IntoIterator<Item = u32>) {
+        for token in tokens {
+            let message = Message {
+                exchange: ShortString::default(),
+                queue: "inbox".into(),
+                properties: BasicProperties::default()
+                    .with_correlation_id(token.to_string().into()),
+                body: Bytes::from_static(b"body"),
+            };
+            outlet.publish(message, true, token).unwrap();
+        }
+    }
+
+    /// More than a frame holds.
+    fn large_headers() -> FieldTable {
+        let mut table = FieldTable::default();
+        let large = AMQPValue::LongString("x".repeat(4096).into());
+        table.insert("large".into(), large);
+        table
+    }
+
+    async fn fates(outlet: &mut Outlet<u32>, count: usize) -> Vec<(u32, Fate)> {
+        let mut fates = Vec::new();
+        let all = async {
+            while fates.len() < count {
+                poll_fn(|cx| outlet.poll_prompt(cx)).await;
+                outlet.sweep(&mut fates);
+            }
+        };
+        timeout(LIMIT, all).await.expect("the broker's word");
+        fates
+    }
+
+    #[tokio::test]
+    async fn the_word_of_the_broker_finds_its_message() {
+        let (press, mut broker) = connect(Broker::open).await;
+        let press = press.unwrap();
+        let mut outlet = outlet(&press, &mut broker, 1).await;
+        publish(&mut outlet, 1..=5);
+        for _ in 1..=5 {
+            broker.method().await;
+        }
+        let nack = basic::Nack {
+            delivery_tag: 2,
+            multiple: false,
+            requeue: false,
+        };
+        let ack = |delivery_tag, multiple| {
+            let ack = basic::Ack {
+                delivery_tag,
+                multiple,
+            };
+            AMQPClass::Basic(basic::AMQPMethod::Ack(ack))
+        };
+        let nack = AMQPClass::Basic(basic::AMQPMethod::Nack(nack));
+        broker.say(1, nack).await;
+        broker.say(1, ack(3, true)).await;
+        assert_eq!(
+            fates(&mut outlet, 3).await,
+            [(2, Fate::Refused), (1, Fate::Accepted), (3, Fate::Accepted)]
+        );
+        assert_eq!(outlet.pending(), (2, 8));
+        // Out of order, and the last one comes back first.
+        let returned = basic::Return {
+            routing_key: "inbox".into(),
+            ..basic::Return::default()
+        };
+        let returned = AMQPClass::Basic(basic::AMQPMethod::Return(returned));
+        broker.say(1, returned).await;
+        let header = AMQPContentHeader {
+            class_id: 60,
+            body_size: 4,
+            properties: BasicProperties::default().with_correlation_id("5".into()),
+        };
+        broker.say_frame(&AMQPFrame::Header(1, header)).await;
+        broker
+            .say_frame(&AMQPFrame::Body(1, b"body".to_vec()))
+            .await;
+        broker.say(1, ack(5, false)).await;
+        assert_eq!(fates(&mut outlet, 1).await, [(5, Fate::Returned)]);
+        broker.say(1, ack(4, false)).await;
+        assert_eq!(fates(&mut outlet, 1).await, [(4, Fate::Accepted)]);
+        assert_eq!((outlet.pending(), outlet.slots.len()), ((0, 0), 0));
+        let long = Message {
+            exchange: ShortString::default(),
+            queue: "inbox".into(),
+            properties: BasicProperties::default().with_headers(large_headers()),
+            body: Bytes::new(),
+        };
+        outlet.publish(long, true, 7).unwrap();
+        publish(&mut outlet, [6]);
+        let mut known = Vec::new();
+        outlet.sweep(&mut known);
+        assert_eq!(known, [(7, Fate::Refused)]);
+        broker.say(1, ack(6, true)).await;
+        assert_eq!(fates(&mut outlet, 1).await, [(6, Fate::Accepted)]);
+    }
+
+    #[tokio::test]
+    async fn a_channel_that_the_broker_closes_is_the_only_one() {
+        let (press, mut broker) = connect(Broker::open).await;
+        let press = press.unwrap();
+        let mut first = outlet(&press, &mut broker, 1).await;
+        let mut second = outlet(&press, &mut broker, 2).await;
+        publish(&mut first, [1]);
+        publish(&mut second, [2]);
+        let close = channel::Close {
+            reply_code: 406,
+            reply_text: "PRECONDITION_FAILED".into(),
+            class_id: 60,
+            method_id: 40,
+        };
+        let close = AMQPClass::Channel(channel::AMQPMethod::Close(close));
+        broker.say(1, close).await;
+        // It wakes who waits for the word on what was published.
+        let woken = poll_fn(|cx| first.poll_prompt(cx));
+        timeout(LIMIT, woken).await.expect("the end of the channel");
+        assert!(!first.is_open() && second.is_open());
+        let mut known = Vec::new();
+        first.abandon(&mut known);
+        assert_eq!(known, [(1, Fate::Lost { refused: true })]);
+        loop {
+            let method = broker.method().await;
+            if let AMQPClass::Channel(channel::AMQPMethod::CloseOk(_)) = method {
+                break;
+            }
+        }
+
+        drop(broker);
+        timeout(LIMIT, press.over())
+            .await
+            .expect("the end of the connection");
+        let late = Message {
+            exchange: ShortString::default(),
+            queue: "inbox".into(),
+            properties: BasicProperties::default(),
+            body: Bytes::new(),
+        };
+        assert_eq!(second.publish(late, true, 3), Err(3));
+        known.clear();
+        second.abandon(&mut known);
+        assert_eq!(known, [(2, Fate::Lost { refused: false })]);
+        press.channel().await.unwrap_err();
+    }
+
+    #[tokio::test]
+    async fn who_is_not_wanted_is_told_why() {
+        let (refused, _broker) = connect(async |listener| {
+            let mut broker = Broker::accept(listener).await;
+            let close = connection::Close {
+                reply_code: 403,
+                reply_text: "ACCESS_REFUSED".into(),
+                class_id: 0,
+                method_id: 0,
+            };
+            broker.say_here(connection::AMQPMethod::Close(close)).await;
+            broker
+        })
+        .await;
+        assert!(refused.unwrap_err().is(403));
+    }
+
+    #[tokio::test]
+    async fn a_broker_that_falls_silent_is_given_up() {
+        let (press, mut broker) = connect(Broker::open).await;
+        let press = press.unwrap();
+        // Two heartbeats, of a second each.
+        let over = timeout(LIMIT, press.over());
+        let reason = over.await.expect("the end of the connection");
+        assert!(reason.contains("silent"), "{reason}");
+        // It was not silent itself.
+        assert_eq!(
+            wire::take_frame(&broker.heard().await).unwrap().unwrap().0,
+            Frame::Other(AMQPFrame::Heartbeat)
+        );
     }
 }

@@ -5,41 +5,29 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use amq_protocol::auth::Credentials;
-use amq_protocol::frame::{AMQPFrame, ProtocolVersion};
+use amq_protocol::frame::AMQPFrame;
 use amq_protocol::protocol::{AMQPClass, channel, confirm, connection};
-use futures_io::{AsyncRead, AsyncWrite};
 use futures_util::task::AtomicWaker;
-use lapin::BasicProperties;
-use lapin::runtime;
 use lapin::tcp::{AMQPUriTcpExt, TLSConfig};
-use lapin::types::{AMQPValue, FieldTable, ShortString};
-use lapin::uri::AMQPUri;
+use lapin::{BasicProperties, runtime};
 use tokio::sync::{oneshot, watch};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::AmqpConfig;
 use crate::error::Failure;
+use crate::handshake::{refusal, shake_hands};
 use crate::link::{Blocked, Life, bounded};
 use crate::roller::{Roller, Socket};
-use crate::wire::{self, Destination, Frame};
+use crate::slip::{Slip, Told};
+use crate::wire::{self, Destination};
 
 /// How long a connection is closed politely.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
-
-/// What the library asks for as well: all that the broker may tell us.
-const CAPABILITIES: [&str; 4] = [
-    "publisher_confirms",
-    "basic.nack",
-    "connection.blocked",
-    "authentication_failure_close",
-];
 
 /// One life of the connection that publishes.
 #[derive(Debug)]
@@ -70,43 +58,6 @@ struct Channels {
     last: u16,
 }
 
-/// A channel as the connection's task sees it.
-#[derive(Default)]
-pub(crate) struct Slip {
-    open: AtomicBool,
-    said: Mutex<Said>,
-    /// Its owner.
-    waker: AtomicWaker,
-}
-
-#[derive(Default)]
-struct Said {
-    told: Vec<Told>,
-    /// The broker closed this channel alone.
-    refused: bool,
-    opening: Option<oneshot::Sender<Result<(), Failure>>>,
-    /// The routing key of a message that is coming back.
-    returning: Option<ShortString>,
-}
-
-/// What the broker said of a message, or of all up to it. Messages are counted from 1 on each channel.
-#[derive(Debug)]
-pub(crate) enum Told {
-    Acked {
-        tag: u64,
-        multiple: bool,
-    },
-    Nacked {
-        tag: u64,
-        multiple: bool,
-    },
-    /// It had no queue. This comes before its acknowledgement.
-    Returned {
-        routing_key: ShortString,
-        correlation: Option<ShortString>,
-    },
-}
-
 /// A channel on which the broker confirms what is published. Dropping it closes it.
 pub(crate) struct PressChannel {
     id: u16,
@@ -131,6 +82,7 @@ impl Life for Press {
                 .map_err(|error| Failure::Lost(error.to_string()))?;
             let mut socket = Socket::new(stream);
             let tuned = shake_hands(&mut socket, &uri, name).await?;
+            socket.tune(tuned.frame_max);
             Ok::<_, Failure>((socket, tuned))
         };
         let begun = timeout(limit, begun).await;
@@ -252,18 +204,12 @@ impl Shared {
         };
         {
             let mut out = self.out();
-            slip.open.store(false, Ordering::Release);
+            slip.shut();
             let ok = AMQPClass::Channel(channel::AMQPMethod::CloseOk(channel::CloseOk {}));
             // It has no content either.
             let _ = wire::put_method(&mut out, id, ok);
         }
-        let mut said = slip.said();
-        said.refused = true;
-        if let Some(opening) = said.opening.take() {
-            let _ = opening.send(Err(refusal(close.reply_code, &close.reply_text)));
-        }
-        drop(said);
-        slip.waker.wake();
+        slip.refuse(refusal(close.reply_code, &close.reply_text));
     }
 
     /// A channel that we closed is closed.
@@ -278,12 +224,11 @@ impl Shared {
         let channels = std::mem::take(&mut self.channels().open);
         let out = self.out();
         for slip in channels.values() {
-            slip.open.store(false, Ordering::Release);
+            slip.shut();
         }
         drop(out);
         for slip in channels.values() {
-            slip.said().opening = None;
-            slip.waker.wake();
+            slip.end();
         }
     }
 
@@ -291,9 +236,7 @@ impl Shared {
         self: &Arc<Self>,
         opening: oneshot::Sender<Result<(), Failure>>,
     ) -> Result<PressChannel, Failure> {
-        let slip = Arc::new(Slip::default());
-        slip.said().opening = Some(opening);
-        slip.open.store(true, Ordering::Release);
+        let slip = Arc::new(Slip::new(opening));
         let mut channels = self.channels();
         // An id that was just given back is the last to be given again.
         let ids = (1..=self.channel_max).cycle().skip(channels.last.into());
@@ -328,50 +271,15 @@ impl Shared {
     }
 }
 
-impl Slip {
-    /// The channel is there, and confirms.
-    pub(crate) fn opened(&self) {
-        if let Some(opening) = self.said().opening.take() {
-            let _ = opening.send(Ok(()));
-        }
-    }
-
-    pub(crate) fn tell(&self, told: Told) {
-        self.said().told.push(told);
-        self.waker.wake();
-    }
-
-    /// A message is coming back; its properties follow.
-    pub(crate) fn returning(&self, routing_key: ShortString) {
-        self.said().returning = Some(routing_key);
-    }
-
-    /// The properties of what is coming back.
-    pub(crate) fn returned(&self, properties: &BasicProperties) {
-        let Some(routing_key) = self.said().returning.take() else {
-            return;
-        };
-        let correlation = properties.correlation_id().clone();
-        self.tell(Told::Returned {
-            routing_key,
-            correlation,
-        });
-    }
-
-    fn said(&self) -> MutexGuard<'_, Said> {
-        self.said.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
 impl PressChannel {
     /// False once nothing can be published any more.
     pub(crate) fn is_open(&self) -> bool {
-        self.slip.open.load(Ordering::Acquire)
+        self.slip.is_open()
     }
 
     /// True if it was the broker that closed this channel alone.
     pub(crate) fn is_refused(&self) -> bool {
-        self.slip.said().refused
+        self.slip.is_refused()
     }
 
     /// Publishes a message. It is written soon, with all that is published until then.
@@ -407,16 +315,12 @@ impl PressChannel {
 
     /// Takes what the broker said since the last time.
     pub(crate) fn take_told(&self) -> Vec<Told> {
-        std::mem::take(&mut self.slip.said().told)
+        self.slip.take_told()
     }
 
     /// Ready if the broker said anything, or the channel is closed.
     pub(crate) fn poll_told(&self, cx: &mut Context<'_>) -> Poll<()> {
-        self.slip.waker.register(cx.waker());
-        match self.slip.said().told.is_empty() && self.is_open() {
-            true => Poll::Pending,
-            false => Poll::Ready(()),
-        }
+        self.slip.poll_told(cx)
     }
 }
 
@@ -457,129 +361,5 @@ impl fmt::Debug for PressChannel {
 impl fmt::Debug for Shared {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Shared").finish_non_exhaustive()
-    }
-}
-
-/// What both sides agreed on.
-struct Tuned {
-    channel_max: u16,
-    frame_max: usize,
-    heartbeat: Option<Duration>,
-}
-
-async fn shake_hands<S: AsyncRead + AsyncWrite + Unpin>(
-    socket: &mut Socket<S>,
-    uri: &AMQPUri,
-    name: &str,
-) -> Result<Tuned, Failure> {
-    use connection::AMQPMethod as Method;
-    let header = AMQPFrame::ProtocolHeader(ProtocolVersion::amqp_0_9_1());
-    socket.send(|out| wire::put_frame(out, &header)).await?;
-    let mut tuned = None;
-    loop {
-        let answer = match next_method(socket).await? {
-            Method::Start(_) => Method::StartOk(start_ok(uri, name)),
-            Method::Tune(offer) => {
-                let (agreed, answer) = tune(uri, &offer);
-                tuned = Some(agreed);
-                socket.send(|out| say(out, Method::TuneOk(answer))).await?;
-                Method::Open(connection::Open {
-                    virtual_host: uri.vhost.as_str().into(),
-                })
-            }
-            Method::OpenOk(_) => {
-                let early = || Failure::Lost("the broker was not tuned".to_owned());
-                return tuned.ok_or_else(early);
-            }
-            Method::Close(close) => return Err(refusal(close.reply_code, &close.reply_text)),
-            other => {
-                return Err(Failure::Lost(format!(
-                    "unexpected in a handshake: {other:?}"
-                )));
-            }
-        };
-        socket.send(|out| say(out, answer)).await?;
-    }
-}
-
-async fn next_method<S: AsyncRead + AsyncWrite + Unpin>(
-    socket: &mut Socket<S>,
-) -> Result<connection::AMQPMethod, Failure> {
-    loop {
-        match socket.receive().await? {
-            Frame::Other(AMQPFrame::Method(0, AMQPClass::Connection(method))) => return Ok(method),
-            Frame::Other(AMQPFrame::Heartbeat) => {}
-            other => {
-                return Err(Failure::Lost(format!(
-                    "unexpected in a handshake: {other:?}"
-                )));
-            }
-        }
-    }
-}
-
-fn say(out: &mut Vec<u8>, method: connection::AMQPMethod) -> Result<(), String> {
-    wire::put_method(out, 0, AMQPClass::Connection(method))
-}
-
-fn start_ok(uri: &AMQPUri, name: &str) -> connection::StartOk {
-    let text = |text: &str| AMQPValue::LongString(text.into());
-    let mut capabilities = FieldTable::default();
-    for capability in CAPABILITIES {
-        capabilities.insert(capability.into(), AMQPValue::Boolean(true));
-    }
-    let mut properties = FieldTable::default();
-    for (key, value) in [
-        ("connection_name", text(&format!("antiphon {name}"))),
-        ("product", text(env!("CARGO_PKG_NAME"))),
-        ("version", text(env!("CARGO_PKG_VERSION"))),
-        ("platform", text("rust")),
-        ("capabilities", AMQPValue::FieldTable(capabilities)),
-    ] {
-        properties.insert(key.into(), value);
-    }
-    let mechanism = uri.query.auth_mechanism.unwrap_or_default();
-    let credentials = Credentials::from(uri.authority.userinfo.clone());
-    connection::StartOk {
-        client_properties: properties,
-        mechanism: mechanism.name().into(),
-        response: credentials.sasl_auth_string(mechanism),
-        locale: "en_US".into(),
-    }
-}
-
-/// The lower of what both want, where zero means: whatever the other one wants.
-fn tune(uri: &AMQPUri, offer: &connection::Tune) -> (Tuned, connection::TuneOk) {
-    fn lower<T: Ord + Default>(ours: T, theirs: T) -> T {
-        match (ours == T::default(), theirs == T::default()) {
-            (true, _) => theirs,
-            (_, true) => ours,
-            _ => ours.min(theirs),
-        }
-    }
-    let answer = connection::TuneOk {
-        channel_max: lower(uri.query.channel_max.unwrap_or_default(), offer.channel_max),
-        frame_max: lower(uri.query.frame_max.unwrap_or_default(), offer.frame_max),
-        heartbeat: lower(uri.query.heartbeat.unwrap_or_default(), offer.heartbeat),
-    };
-    let frame_max = usize::try_from(answer.frame_max).unwrap_or(usize::MAX);
-    let tuned = Tuned {
-        channel_max: match answer.channel_max {
-            0 => u16::MAX,
-            most => most,
-        },
-        frame_max: match frame_max {
-            0 => usize::MAX,
-            most => most,
-        },
-        heartbeat: (answer.heartbeat > 0).then(|| Duration::from_secs(answer.heartbeat.into())),
-    };
-    (tuned, answer)
-}
-
-fn refusal(code: u16, text: &ShortString) -> Failure {
-    Failure::Refused {
-        code,
-        text: text.to_string(),
     }
 }

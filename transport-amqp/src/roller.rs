@@ -15,7 +15,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::error::Failure;
 use crate::link::Blocked;
-use crate::press::{Shared, Told};
+use crate::press::Shared;
+use crate::slip::Told;
 use crate::wire::{self, Frame};
 
 /// How much is read in one go, at first.
@@ -31,6 +32,8 @@ const SILENT_HALVES: u32 = 4;
 pub(crate) struct Socket<S> {
     stream: S,
     input: Vec<u8>,
+    /// The largest frame, in bytes.
+    frame_max: usize,
     /// What was read and not yet parsed.
     unread: std::ops::Range<usize>,
     output: Vec<u8>,
@@ -245,10 +248,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Socket<S> {
         Self {
             stream,
             input: vec![0; INPUT],
+            frame_max: INPUT,
             unread: 0..0,
             output: Vec::new(),
             written: 0,
         }
+    }
+
+    /// Agrees to larger frames than those of a handshake.
+    pub(crate) fn tune(&mut self, frame_max: usize) {
+        self.frame_max = frame_max.max(INPUT);
     }
 
     /// Writes what `put` puts.
@@ -298,9 +307,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Socket<S> {
             if self.unread.start > 0 {
                 self.input.copy_within(self.unread.clone(), 0);
                 self.unread = 0..self.unread.len();
-            } else {
-                // A frame that is larger than all there is. What the broker may send has a bound.
+            } else if self.input.len() < self.frame_max {
                 self.input.resize(self.input.len() * 2, 0);
+            } else {
+                let message = "a frame that is larger than agreed".to_owned();
+                return Poll::Ready(Err(Failure::Lost(message)));
             }
         }
         let free = self.input.get_mut(self.unread.end..).unwrap_or_default();

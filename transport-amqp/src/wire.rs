@@ -33,6 +33,7 @@ pub(crate) struct Destination<'a> {
 
 /// A frame that came.
 #[derive(Debug, PartialEq)]
+#[expect(clippy::large_enum_variant, reason = "it is looked at, and never kept")]
 pub(crate) enum Frame {
     /// The broker has it.
     Ack {
@@ -81,6 +82,7 @@ fn try_put_message(
     out.push(u8::from(to.mandatory));
     end(out, frame)?;
 
+    let header = out.len();
     let frame = begin(out, HEADER, channel);
     out.extend_from_slice(&BASIC.to_be_bytes());
     out.extend_from_slice(&[0, 0]);
@@ -88,6 +90,10 @@ fn try_put_message(
     let generated = gen_properties(properties)(std::mem::take(out).into());
     (*out, _) = generated.map_err(|error| error.to_string())?.into_inner();
     end(out, frame)?;
+    // The broker would close the connection, and all that is on it would be lost with it.
+    if out.len() - header > frame_max {
+        return Err("headers that do not fit into one frame".to_owned());
+    }
 
     for part in body.chunks(frame_max.saturating_sub(OVERHEAD).max(1)) {
         let frame = begin(out, BODY, channel);
@@ -277,6 +283,14 @@ mod tests {
         };
         put_message(&mut out, 1, to, &BasicProperties::default(), b"", 4096).unwrap_err();
         assert_eq!(out, b"before");
+        let mut table = FieldTable::default();
+        let large = "x".repeat(4096);
+        let large = lapin::types::AMQPValue::LongString(large.into());
+        table.insert("large".into(), large);
+        let properties = BasicProperties::default().with_headers(table);
+        put_message(&mut out, 1, TO, &properties, b"", 4096).unwrap_err();
+        assert_eq!(out, b"before");
+        put_message(&mut out, 1, TO, &properties, b"", 8192).unwrap();
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use antiphon_core::{Code, Deadline, Fault, Reply};
 use bytes::Bytes;
+use futures_util::{StreamExt, stream};
 use redis::{Pipeline, Value};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -19,8 +20,11 @@ use crate::taker::executed;
 use crate::transport::Shared;
 use crate::{QUEUE_TTL, error};
 
-/// The most large bodies that are fetched in one trip.
-const FETCH: usize = 8;
+/// The most large bodies that are fetched in one trip,
+pub(crate) const FETCH: usize = 8;
+
+/// and the most such trips at once.
+pub(crate) const TRIPS: usize = 3;
 
 /// What a claim answered.
 #[derive(Debug)]
@@ -191,72 +195,91 @@ async fn fetch(
     decoded: &mut Vec<Decoded>,
     stopping: &CancellationToken,
 ) {
-    let mut backoff = Backoff::default();
-    let mut whole = Vec::with_capacity(decoded.len());
-    let mut waiting = Vec::new();
-    for (index, decoded) in decoded.drain(..).enumerate() {
-        match &decoded.apart {
-            Some(_) => waiting.push((index, decoded)),
-            None => whole.push((index, decoded)),
+    let (apart, mut whole): (Vec<Indexed>, Vec<Indexed>) = decoded
+        .drain(..)
+        .enumerate()
+        .partition(|(_, decoded)| decoded.apart.is_some());
+    let mut trips: Vec<Vec<Indexed>> = Vec::new();
+    for one in apart {
+        match trips.last_mut().filter(|trip| trip.len() < FETCH) {
+            Some(trip) => trip.push(one),
+            None => trips.push(vec![one]),
         }
     }
-    while !waiting.is_empty() {
-        let few: Vec<(usize, Decoded)> = waiting.drain(..waiting.len().min(FETCH)).collect();
-        let mut pipeline = Pipeline::new();
-        for (_, decoded) in &few {
-            pipeline.cmd("GET").arg(&decoded.apart);
-        }
-        let mut link = shared.link.clone();
-        let ready = session.lease.run_until_cancelled(link.ready(stopping));
-        let Some(Some(mut live)) = ready.await else {
-            break;
-        };
-        let answers = match live.execute(&pipeline).await {
-            Ok(answers) => answers,
-            Err(error) => {
-                tracing::debug!(%error, "bodies are fetched again");
-                waiting.extend(few);
-                continue;
-            }
-        };
-        if error::first_refusal(&answers).is_some_and(|error| !error::is_lasting(error)) {
-            waiting.extend(few);
-            let pause = session.lease.run_until_cancelled(backoff.pause());
-            if stopping.run_until_cancelled(pause).await.is_none() {
-                break;
-            }
-            continue;
-        }
-        for ((index, mut decoded), answer) in few.into_iter().zip(answers) {
-            match answer {
-                Value::BulkString(body) => {
-                    decoded.taken.request.body = body.into();
-                    whole.push((index, decoded));
-                }
-                // It expired with the request, which nobody will start.
-                _ if decoded
-                    .taken
-                    .expires
-                    .is_some_and(|expires| expires <= Instant::now()) =>
-                {
-                    whole.push((index, decoded))
-                }
-                _ => {
-                    let Taken {
-                        request,
-                        attempt,
-                        settlement,
-                        ..
-                    } = decoded.taken;
-                    let fault = Fault::new(Code::DataLoss, "the broker lost the request's body");
-                    settlement.bury(
-                        "its body is gone",
-                        Some(&Reply::fault(request.id, fault, executed(attempt))),
-                    );
-                }
-            }
-        }
+    // While one answer is read, Redis writes the next.
+    let mut fetched = stream::iter(trips)
+        .map(|trip| fetch_few(shared, session, trip, stopping))
+        .buffer_unordered(TRIPS);
+    while let Some(few) = fetched.next().await {
+        whole.extend(few);
     }
     whole.sort_by_key(|(index, _)| *index);
     decoded.extend(whole.into_iter().map(|(_, decoded)| decoded));
+}
+
+/// What was decoded, and its place in the batch.
+type Indexed = (usize, Decoded);
+
+/// Fetches bodies in one trip, which is tried until it succeeds.
+async fn fetch_few(
+    shared: &Shared,
+    session: &Session,
+    few: Vec<Indexed>,
+    stopping: &CancellationToken,
+) -> Vec<Indexed> {
+    let mut backoff = Backoff::default();
+    let mut pipeline = Pipeline::new();
+    for (_, decoded) in &few {
+        pipeline.cmd("GET").arg(&decoded.apart);
+    }
+    let answers = loop {
+        let mut link = shared.link.clone();
+        let ready = session.lease.run_until_cancelled(link.ready(stopping));
+        let Some(Some(mut live)) = ready.await else {
+            return Vec::new();
+        };
+        match live.execute(&pipeline).await {
+            Ok(answers) if error::first_refusal(&answers).is_none_or(error::is_lasting) => {
+                break answers;
+            }
+            Ok(_) => {
+                let pause = session.lease.run_until_cancelled(backoff.pause());
+                if stopping.run_until_cancelled(pause).await.is_none() {
+                    return Vec::new();
+                }
+            }
+            Err(error) => tracing::debug!(%error, "bodies are fetched again"),
+        }
+    };
+    let mut whole = Vec::with_capacity(few.len());
+    for ((index, mut decoded), answer) in few.into_iter().zip(answers) {
+        match answer {
+            Value::BulkString(body) => {
+                decoded.taken.request.body = body.into();
+                whole.push((index, decoded));
+            }
+            // It expired with the request, which nobody will start.
+            _ if decoded
+                .taken
+                .expires
+                .is_some_and(|expires| expires <= Instant::now()) =>
+            {
+                whole.push((index, decoded))
+            }
+            _ => {
+                let Taken {
+                    request,
+                    attempt,
+                    settlement,
+                    ..
+                } = decoded.taken;
+                let fault = Fault::new(Code::DataLoss, "the broker lost the request's body");
+                settlement.bury(
+                    "its body is gone",
+                    Some(&Reply::fault(request.id, fault, executed(attempt))),
+                );
+            }
+        }
+    }
+    whole
 }

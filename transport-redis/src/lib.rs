@@ -12,6 +12,7 @@ mod frame;
 #[cfg(feature = "conformance")]
 mod harness;
 mod inbox;
+mod inbox_reader;
 mod isolation;
 mod lease;
 mod lobby;

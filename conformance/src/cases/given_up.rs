@@ -182,7 +182,9 @@ async fn silent_caller_is_served(bench: Bench) -> Verdict {
             match inbox.recv().await {
                 InboxEvent::Replies(replies) => {
                     let is_reply = |incoming: &Incoming| match incoming {
-                        Incoming::Reply(reply) => reply.outcome == Outcome::Value,
+                        Incoming::Reply(reply) => {
+                            reply.outcome == Outcome::Value && reply.body == "by hand"
+                        }
                         _ => false,
                     };
                     if replies.iter().any(is_reply) {

@@ -28,7 +28,7 @@ flaws! {
     // What a request is on its way.
 
     /// Bodies lose their last byte.
-    DropsTheLastByte => ["round_trip/raw_bytes", "payload/any_bytes", "nodes/servers_of_one_node_share", "channels/results_come_with_their_metadata", "channels/closing_ends_the_stream", "channels/lost_server_does_not_hang_it", "channels/many_in_order", "channels/many_as_completed"],
+    DropsTheLastByte => ["round_trip/raw_bytes", "payload/any_bytes", "nodes/servers_of_one_node_share", "channels/results_come_with_their_metadata", "channels/closing_ends_the_stream", "channels/lost_server_does_not_hang_it", "channels/many_in_order", "channels/many_as_completed", "given_up/who_waits_is_served", "given_up/silent_caller_is_served", "given_up/vanished_caller_is_served"],
     /// Bodies are cut at 64 KiB.
     CutsLongBodies => [
         "payload/one_mebibyte",
@@ -89,7 +89,7 @@ flaws! {
     AlwaysExpectsResponder =>
         ["no_responder/late_server_serves_the_call", "no_responder/call_waits_until_its_deadline", "cancel/cancelled_while_queued", "cancel/pickup_timeout_is_no"],
     /// No request gets to know that there is no responder.
-    NeverSaysNoResponder => ["no_responder/expect_responder_fails_fast"],
+    NeverSaysNoResponder => ["no_responder/expect_responder_fails_fast", "drain/asked_meanwhile_is_not_heard"],
     /// Whoever was served once is thought to be served for ever.
     RemembersResponders => ["no_responder/stopped_server_is_none"],
     /// A request that was refused for want of a responder is left in the queue.
@@ -133,7 +133,7 @@ flaws! {
     CapsPrefetch => ["round_trip/thousand_calls_at_once"],
     /// A subscription holds as much as there is.
     IgnoresPrefetch =>
-        ["competing/handlers_never_exceed_prefetch", "competing/deliveries_never_exceed_prefetch"],
+        ["competing/handlers_never_exceed_prefetch", "competing/deliveries_never_exceed_prefetch", "cancel/pickup_times_out_behind_a_busy_server"],
     /// The first subscriber of a service gets everything.
     FavoursTheFirst => ["competing/two_servers_share_fairly"],
     /// A delivery is settled when it is received.
@@ -160,7 +160,7 @@ flaws! {
         "close/shutdown_is_bounded",
     ],
     /// A release counts as an attempt.
-    CountsReleases => ["redelivery/released_is_not_counted"],
+    CountsReleases => ["redelivery/released_is_not_counted", "offers/unheard_offer_goes_back"],
     /// Dead letters are thrown away.
     BuriesNothing => ["redelivery/poison_is_dead_lettered", "faults/refused_notify_is_dead_lettered"],
     /// The reply goes out before the lease is looked at.
@@ -170,13 +170,19 @@ flaws! {
         "exclusive/second_is_refused",
         "exclusive/mixing_is_detected",
         "exclusive/one_of_many_gets_in",
-        "exclusive/former_owner_stays_out", "standby/standby_waits_and_takes_over", "standby/one_of_many_takes_over", "standby/newcomer_takes_over", "standby/newcomer_waits_for_what_runs"
+        "exclusive/former_owner_stays_out",
+        "standby/standby_waits_and_takes_over",
+        "standby/one_of_many_takes_over",
+        "standby/newcomer_takes_over",
+        "standby/newcomer_waits_for_what_runs",
+        "standby/standby_has_all_or_none",
     ],
     /// Who owned a service once owns it for ever.
     OwnsForEver => [
         "exclusive/next_gets_in_after_a_stop",
         "exclusive/next_gets_in_after_a_close",
-        "exclusive/next_gets_in_after_a_kill", "standby/standby_takes_over_after_a_kill", "standby/standby_stops_while_it_waits"
+        "exclusive/next_gets_in_after_a_kill", "standby/standby_takes_over_after_a_kill", "standby/standby_stops_while_it_waits",
+        "standby/standby_owns_a_second_time",
     ],
 
     /// An owner that lives keeps its service, whoever would take over.
@@ -238,10 +244,14 @@ flaws! {
         "nodes/all_answer",
         "nodes/ping_info_and_stats",
         "cancel/dropped_call_cancels_its_handler",
-        "nodes/enough_is_enough", "nodes/asked_in_a_burst", "cancel/cancelled_while_running"
+        "nodes/enough_is_enough",
+        "nodes/asked_in_a_burst",
+        "cancel/cancelled_while_running",
+        "drain/asked_before_is_answered",
+        "drain/given_up_meanwhile_is_told",
     ],
     /// A broadcast counts one server more than there are.
-    MiscountsBroadcasts => ["nodes/all_answer", "nodes/nobody_is_there_to_ask", "nodes/stopped_node_is_not_asked"],
+    MiscountsBroadcasts => ["nodes/all_answer", "nodes/nobody_is_there_to_ask", "nodes/stopped_node_is_not_asked", "nodes/slow_answer_counts_once"],
     /// After a cut, what is broadcast does not arrive any more.
     ForgetsJoins => ["nodes/asked_after_a_cut"],
     /// Replies lose the name of who sent them.
@@ -253,7 +263,7 @@ flaws! {
         "long_calls/progress_arrives_in_order",
         "long_calls/lost_server_is_told",
         "cancel/pickup_is_in_time", "long_calls/progress_of_a_quick_handler_arrives", "long_calls/taken_over_is_not_lost"
-    ],
+    , "offers/only_who_waits_accepts"],
     /// Signals are taken for replies.
     TakesSignalsForReplies => ["long_calls/progress_arrives_in_order", "long_calls/slow_handler_is_not_lost"],
     /// The broker says of every request that it runs.
@@ -261,7 +271,7 @@ flaws! {
     /// Every request seems to come from a plain peer.
     ForgetsSignals => ["long_calls/running_is_told", "cancel/vanished_caller_cancels_its_handler"],
     /// A withdrawn request stays in its queue.
-    WithdrawsNothing => ["cancel/given_up_is_withdrawn", "cancel/given_up_is_not_started", "cancel/many_are_given_up_at_once", "cancel/pickup_times_out_behind_a_busy_server", "given_up/dropped_before_a_server_starts"],
+    WithdrawsNothing => ["cancel/given_up_is_withdrawn", "cancel/given_up_is_not_started", "cancel/many_are_given_up_at_once", "given_up/dropped_before_a_server_starts", "given_up/cancelled_before_a_server_starts", "given_up/dropped_before_a_node_starts"],
     /// A reply to an inbox that is gone says that all is well.
     HidesGoneInboxes => ["cancel/vanished_caller_cancels_its_handler"],
 }

@@ -156,11 +156,13 @@ impl Leases {
 
     fn run(&self, connector: &Connector, lease: Duration) {
         let mut connection = None;
+        // At first the shared connection has just done it.
+        let mut load = false;
         let mut pause = lease / 3;
         while self.sleep(pause) {
             let round = self.lock().round();
             let asked = Instant::now();
-            match self.renew(&mut connection, connector, &round, lease) {
+            match self.renew(&mut connection, load, connector, &round, lease) {
                 Ok(answers) => {
                     let in_doubt = self.lock().note(&round, answers, asked);
                     pause = if in_doubt { Duration::ZERO } else { lease / 3 };
@@ -168,6 +170,7 @@ impl Leases {
                 Err(error) => {
                     tracing::debug!(%error, "leases cannot be renewed");
                     connection = None;
+                    load = true;
                     pause = Duration::from_millis(50)
                         + connection::random_part((lease / 10).min(Duration::from_millis(450)));
                 }
@@ -189,6 +192,7 @@ impl Leases {
     fn renew(
         &self,
         connection: &mut Option<redis::Connection>,
+        load: bool,
         connector: &Connector,
         round: &Round,
         lease: Duration,
@@ -199,8 +203,10 @@ impl Leases {
             Some(open) => open,
             None => {
                 let mut open = connector.open_for_thread(answer)?;
-                let loading = scripts::loading();
-                open.req_packed_commands(&loading.get_packed_pipeline(), 0, loading.len())?;
+                if load {
+                    let loading = scripts::loading();
+                    open.req_packed_commands(&loading.get_packed_pipeline(), 0, loading.len())?;
+                }
                 connection.insert(open)
             }
         };

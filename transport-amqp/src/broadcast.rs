@@ -39,6 +39,7 @@ pub(crate) async fn broadcast(
             expect_responder: true,
             ticket: ticket.0.clone(),
             came_back: false,
+            refusals: 0,
             // No inbox outlives the broker.
             persistent: false,
         })),

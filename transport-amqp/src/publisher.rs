@@ -25,6 +25,10 @@ use crate::prober::{Prober, no_responder};
 const WINDOW: usize = 4096;
 const WINDOW_BYTES: usize = 64 * 1024 * 1024;
 
+/// How often a request that the broker does not take is sent again, its queue having been looked at: that of a quorum queue which is being
+/// declared is refused, and the next one is not. A queue that is full refuses that too.
+const AGAIN_MAX: u8 = 2;
+
 /// The most messages that are taken in one go, so that confirms are looked at in between.
 const BATCH: usize = 256;
 
@@ -59,8 +63,10 @@ pub(crate) struct OutgoingRequest {
     pub(crate) persistent: bool,
     pub(crate) expect_responder: bool,
     pub(crate) ticket: Ticket,
-    /// It was sent, and there was no queue for it.
+    /// It was sent, and there was no queue for it, or the broker did not take it.
     pub(crate) came_back: bool,
+    /// How often the broker did not take it.
+    pub(crate) refusals: u8,
 }
 
 /// The task's own state.
@@ -223,6 +229,15 @@ impl Publisher {
             (What::Request(request), Fate::Returned) => {
                 // It is with nobody: its caller may give it up, knowing that it was not executed.
                 request.ticket.reopen();
+                request.came_back = true;
+                let queue = request.queue.clone();
+                self.absent.forget(&queue);
+                return self.absent.park(&queue, job);
+            }
+            (What::Request(request), Fate::Refused)
+                if request.refusals < AGAIN_MAX && request.exchange.as_str().is_empty() =>
+            {
+                request.refusals += 1;
                 request.came_back = true;
                 let queue = request.queue.clone();
                 self.absent.forget(&queue);
@@ -397,10 +412,15 @@ impl Job {
         self.deadline().is_some_and(|deadline| deadline <= now)
     }
 
-    /// Its time is up, and it was not sent.
+    /// Its time is up, and it was not sent, or not taken.
     fn expire(self) {
         let message = "the request could not be sent before its deadline";
-        let error = Error::not_executed(ErrorKind::DeadlineExceeded, message);
+        let error = match &self.what {
+            What::Request(request) if request.refusals > 0 => {
+                Error::maybe_executed(ErrorKind::DeadlineExceeded, message)
+            }
+            _ => Error::not_executed(ErrorKind::DeadlineExceeded, message),
+        };
         let _ = self.done.send(Err(error));
     }
 }

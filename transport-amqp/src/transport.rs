@@ -162,6 +162,7 @@ impl AmqpTransport {
                 expect_responder,
                 ticket,
                 came_back: false,
+                refusals: 0,
             })),
             done,
         };

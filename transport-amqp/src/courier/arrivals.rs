@@ -74,6 +74,10 @@ impl Courier {
                     // Its handler still runs: it goes on with the new tag.
                     held.tag = Some(tag);
                     held.origin = origin;
+                    if let Progress::Waiting(decoded) = &mut held.progress {
+                        // It was in its queue, and what was said about it meanwhile was not heard.
+                        decoded.waited = true;
+                    }
                     return;
                 }
                 if self.recent.contains(&identity) {

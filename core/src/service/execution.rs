@@ -218,8 +218,17 @@ impl Service {
         (settled, kept)
     }
 
-    /// Keeps a reply until its deadline. False if that is not possible.
+    /// Keeps a reply until its deadline. False if that is not possible, or if it is one that must not be kept.
     async fn keep(&self, unsent: &Unsent, kept_to: KeptTo) -> bool {
+        // Another server may have the request by the time that this is sent, and execute it: then it were not true that
+        // nobody did. If nobody does, it is soon refused again.
+        if let Outcome::Fault {
+            executed: Executed::No,
+            ..
+        } = unsent.reply.outcome
+        {
+            return false;
+        }
         let expires = unsent
             .expires
             .unwrap_or_else(|| Instant::now() + self.config.default_timeout);

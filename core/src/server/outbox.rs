@@ -126,8 +126,9 @@ impl Outbox {
         }
         if kept_to == KeptTo::Send {
             self.lock().queue(&key, number);
-            self.added.notify_one();
         }
+        // Also for what only answers: it expires.
+        self.added.notify_one();
         true
     }
 

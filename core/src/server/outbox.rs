@@ -11,7 +11,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 pub(crate) use self::index::OutboxBounds;
-use self::index::{Forgotten, Index};
+use self::index::{Forgotten, Index, Kept};
 use crate::config::TIMEOUT_MAX;
 use crate::envelope::{CorrelationId, Reply};
 use crate::error::{Error, ErrorKind};
@@ -121,15 +121,14 @@ impl Outbox {
             self.show_count(&index);
             return false;
         }
-        if self.is_durable() {
+        // It may have expired meanwhile.
+        let kept = self.lock().settle(&key, number, kept_to);
+        if kept && self.is_durable() {
             tracing::debug!(id = %key.id, "a reply survives in the outbox");
-        }
-        if kept_to == KeptTo::Send {
-            self.lock().queue(&key, number);
         }
         // Also for what only answers: it expires.
         self.added.notify_one();
-        true
+        kept
     }
 
     /// The reply to a request that was executed before. Ids of ours are nobody else's; those of plain peers need not
@@ -185,32 +184,37 @@ impl Outbox {
 
     /// Sends one reply, as often as it takes until its deadline.
     async fn send(&self, key: &OutboxKey) {
-        let kept = || self.lock().find(key).cloned();
-        while let Some(kept) = kept().filter(|kept| kept.unsent) {
+        let unsent = || self.lock().find_unsent(key).cloned();
+        while let Some(Kept {
+            reply,
+            expires,
+            number,
+            ..
+        }) = unsent()
+        {
             let sent = async {
                 let connected = |state: &ConnectionState| *state == ConnectionState::Connected;
                 // An error would mean that the transport is gone, which sending tells.
                 let _ = self.transport.state().wait_for(connected).await;
-                let (to, reply) = (key.to.clone(), kept.reply);
+                let to = key.to.clone();
                 self.transport.send(Outbound::Reply { to, reply }).await
             };
-            match timeout_at(kept.expires, sent).await {
+            match timeout_at(expires, sent).await {
                 Ok(Err(error)) if error.kind() == ErrorKind::ConnectionLost => {}
                 Ok(Err(error)) if error.kind() == ErrorKind::Overloaded => sleep(FULL_WAITS).await,
                 // It stays unsent, for whoever opens the store next.
                 Ok(Err(error)) if error.kind() == ErrorKind::Closed => std::future::pending().await,
                 // Sent, or its caller is gone.
-                Ok(_) => break,
-                Err(_) => {
-                    self.forget(&key.id, &key.to);
-                    return self.sent.notify_waiters();
+                Ok(_) => {
+                    let mut index = self.lock();
+                    // Another one may have its place.
+                    if index.sent(key, number) {
+                        self.write(OutboxChange::Sent(key.clone()));
+                    }
                 }
+                Err(_) => self.forget(&key.id, &key.to),
             }
         }
-        let mut index = self.lock();
-        index.sent(key);
-        self.write(OutboxChange::Sent(key.clone()));
-        drop(index);
         self.sent.notify_waiters();
     }
 
@@ -254,9 +258,11 @@ impl Outbox {
             match room {
                 Some((number, forgotten)) => {
                     dropped.extend(forgotten);
-                    if kept.unsent {
-                        index.queue(&key, number);
-                    }
+                    let kept_to = match kept.unsent {
+                        true => KeptTo::Send,
+                        false => KeptTo::Answer,
+                    };
+                    index.settle(&key, number, kept_to);
                 }
                 None => dropped.push(key),
             }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use tokio::time::Instant;
 
+use super::KeptTo;
 use crate::envelope::{Outcome, Reply};
 use crate::outbox_store::OutboxKey;
 
@@ -20,7 +21,7 @@ pub(super) struct Index {
     kept: HashMap<OutboxKey, Kept>,
     /// What is to be sent, in order; what was forgotten meanwhile is skipped.
     unsent: VecDeque<OutboxKey>,
-    /// What is not to be sent, by age.
+    /// What only answers its request, by age.
     idle: BTreeMap<u64, OutboxKey>,
     expiries: BTreeMap<(Instant, u64), OutboxKey>,
     bytes: usize,
@@ -31,17 +32,26 @@ pub(super) struct Index {
 pub(super) struct Kept {
     pub(super) reply: Arc<Reply>,
     pub(super) expires: Instant,
-    pub(super) unsent: bool,
     /// Tells it from another one with the same key, and the older from the younger.
-    number: u64,
+    pub(super) number: u64,
+    purpose: Purpose,
+}
+
+/// What a kept reply is there for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Purpose {
+    /// It is being stored, and said to be kept when it is: so it makes room for nothing.
+    Unsettled,
+    Unsent,
+    Idle,
 }
 
 /// What is forgotten to make room for something else.
 pub(super) type Forgotten = Vec<OutboxKey>;
 
 impl Index {
-    /// Keeps a reply in place of one with the same key, to be sent only once it is [queued](Self::queue). None if there is
-    /// no room, or with its number and what had to go for it: of what was sent, the oldest.
+    /// Keeps a reply in place of one with the same key, until it is [settled](Self::settle) what for. None if there is
+    /// no room, or with its number and what had to go for it: of what is not to be sent, the oldest.
     pub(super) fn keep(
         &mut self,
         key: OutboxKey,
@@ -64,38 +74,44 @@ impl Index {
         self.entered += 1;
         let number = self.entered;
         self.bytes += size;
-        self.idle.insert(number, key.clone());
         self.expiries.insert((expires, number), key.clone());
-        let unsent = false;
         let kept = Kept {
             reply,
             expires,
-            unsent,
             number,
+            purpose: Purpose::Unsettled,
         };
         self.kept.insert(key, kept);
         Some((number, forgotten))
     }
 
-    /// Has what was kept under a number sent.
-    pub(super) fn queue(&mut self, key: &OutboxKey, number: u64) {
-        if let Some(kept) = self.kept.get_mut(key)
-            && kept.number == number
-            && !std::mem::replace(&mut kept.unsent, true)
-        {
-            self.idle.remove(&number);
-            self.unsent.push_back(key.clone());
+    /// Settles what a reply is kept for. False if it is not there any more.
+    pub(super) fn settle(&mut self, key: &OutboxKey, number: u64, kept_to: KeptTo) -> bool {
+        let Some(kept) = self.kept.get_mut(key).filter(|kept| kept.number == number) else {
+            return false;
+        };
+        match kept_to {
+            KeptTo::Send => {
+                kept.purpose = Purpose::Unsent;
+                self.unsent.push_back(key.clone());
+            }
+            KeptTo::Answer => {
+                kept.purpose = Purpose::Idle;
+                self.idle.insert(number, key.clone());
+            }
         }
+        true
     }
 
-    /// Notes that a reply is not to be sent any more.
-    pub(super) fn sent(&mut self, key: &OutboxKey) {
-        if let Some(kept) = self.kept.get_mut(key)
-            && std::mem::take(&mut kept.unsent)
-        {
-            self.idle.insert(kept.number, key.clone());
-        }
+    /// Notes that a reply is not to be sent any more. False if it is not there any more.
+    pub(super) fn sent(&mut self, key: &OutboxKey, number: u64) -> bool {
+        let Some(kept) = self.kept.get_mut(key).filter(|kept| kept.number == number) else {
+            return false;
+        };
+        kept.purpose = Purpose::Idle;
+        self.idle.insert(number, key.clone());
         self.unsent.retain(|unsent| unsent != key);
+        true
     }
 
     /// Forgets what was kept under a number.
@@ -113,7 +129,7 @@ impl Index {
         self.bytes -= size(&kept.reply);
         self.idle.remove(&kept.number);
         self.expiries.remove(&(kept.expires, kept.number));
-        if kept.unsent {
+        if kept.purpose == Purpose::Unsent {
             self.unsent.retain(|unsent| unsent != key);
         }
         true
@@ -134,6 +150,12 @@ impl Index {
 
     pub(super) fn find(&self, key: &OutboxKey) -> Option<&Kept> {
         self.kept.get(key)
+    }
+
+    /// A reply, if it is to be sent.
+    pub(super) fn find_unsent(&self, key: &OutboxKey) -> Option<&Kept> {
+        self.find(key)
+            .filter(|kept| kept.purpose == Purpose::Unsent)
     }
 
     /// The first that is to be sent.
@@ -192,7 +214,7 @@ mod tests {
     fn keep(index: &mut Index, id: u128, body: &'static str, expires: Instant) -> Option<u64> {
         let reply = Reply::value(CorrelationId::from_u128(id), body);
         let (number, _) = index.keep(key(id), reply.into(), expires, BOUNDS)?;
-        index.queue(&key(id), number);
+        index.settle(&key(id), number, KeptTo::Send);
         Some(number)
     }
 
@@ -220,14 +242,33 @@ mod tests {
     fn the_oldest_of_what_was_sent_makes_room() {
         let mut index = Index::default();
         let later = Instant::now() + Duration::from_secs(5);
-        keep(&mut index, 1, "1", later).unwrap();
-        keep(&mut index, 2, "2", later).unwrap();
-        index.sent(&key(1));
-        index.sent(&key(2));
+        for (id, body) in [(1, "1"), (2, "2")] {
+            let number = keep(&mut index, id, body, later).unwrap();
+            assert!(index.sent(&key(id), number));
+        }
         let reply = Reply::value(CorrelationId::from_u128(3), "3");
         let (_, forgotten) = index.keep(key(3), reply.into(), later, BOUNDS).unwrap();
         assert_eq!(forgotten, [key(1)], "and no more than is needed");
         assert!(index.find(&key(2)).is_some() && index.find(&key(3)).is_some());
+    }
+
+    #[test]
+    fn what_is_being_stored_makes_no_room() {
+        let mut index = Index::default();
+        let later = Instant::now() + Duration::from_secs(5);
+        let enter = |index: &mut Index, id: u128| {
+            let reply = Reply::value(CorrelationId::from_u128(id), "12345");
+            index.keep(key(id), reply.into(), later, BOUNDS)
+        };
+        let (first, _) = enter(&mut index, 1).unwrap();
+        let (second, _) = enter(&mut index, 2).unwrap();
+        assert!(enter(&mut index, 3).is_none());
+        assert!(index.settle(&key(2), second, KeptTo::Answer));
+        let (_, forgotten) = enter(&mut index, 3).unwrap();
+        assert_eq!(forgotten, [key(2)]);
+        assert!(index.settle(&key(1), first, KeptTo::Send));
+        assert!(!index.settle(&key(2), second, KeptTo::Answer), "it is gone");
+        assert_eq!(index.first(), Some(key(1)));
     }
 
     #[test]

@@ -61,16 +61,7 @@ impl Index {
     ) -> Option<(u64, Forgotten)> {
         self.remove(&key);
         let size = size(&reply);
-        if bounds.replies == 0 || size > bounds.bytes {
-            return None;
-        }
-        let mut forgotten = Vec::new();
-        while self.kept.len() >= bounds.replies || self.bytes + size > bounds.bytes {
-            let (_, oldest) = self.idle.first_key_value()?;
-            let oldest = oldest.clone();
-            self.remove(&oldest);
-            forgotten.push(oldest);
-        }
+        let forgotten = self.make_room(size, bounds)?;
         self.entered += 1;
         let number = self.entered;
         self.bytes += size;
@@ -83,6 +74,23 @@ impl Index {
         };
         self.kept.insert(key, kept);
         Some((number, forgotten))
+    }
+
+    /// Forgets as much as must go for a reply of this size; nothing if that would not do.
+    fn make_room(&mut self, size: usize, bounds: OutboxBounds) -> Option<Forgotten> {
+        let (mut replies, mut bytes) = (self.kept.len(), self.bytes);
+        let mut oldest = self.idle.values();
+        let mut forgotten = Vec::new();
+        while replies >= bounds.replies || bytes + size > bounds.bytes {
+            let key = oldest.next()?;
+            replies -= 1;
+            bytes -= self.kept.get(key).map_or(0, |kept| self::size(&kept.reply));
+            forgotten.push(key.clone());
+        }
+        for key in &forgotten {
+            self.remove(key);
+        }
+        Some(forgotten)
     }
 
     /// Settles what a reply is kept for. False if it is not there any more.
@@ -250,6 +258,19 @@ mod tests {
         let (_, forgotten) = index.keep(key(3), reply.into(), later, BOUNDS).unwrap();
         assert_eq!(forgotten, [key(1)], "and no more than is needed");
         assert!(index.find(&key(2)).is_some() && index.find(&key(3)).is_some());
+    }
+
+    #[test]
+    fn what_is_refused_costs_no_other_one_its_place() {
+        let mut index = Index::default();
+        let later = Instant::now() + Duration::from_secs(5);
+        let number = keep(&mut index, 1, "1", later).unwrap();
+        index.sent(&key(1), number);
+        keep(&mut index, 2, "12345", later).unwrap();
+        assert!(keep(&mut index, 3, "123456", later).is_none());
+        assert!(index.find(&key(1)).is_some() && index.find(&key(2)).is_some());
+        assert!(keep(&mut index, 3, "12345", later).is_some());
+        assert!(index.find(&key(1)).is_none());
     }
 
     #[test]

@@ -359,6 +359,8 @@ pub struct Delivery {
     /// recovery. Its caller is asked then. False, the default, if what is given up is withdrawn from the queue.
     /// *Checked by* `given_up/*`.
     pub waited: bool,
+    /// It is a copy of this server's own, of what all servers of its service were asked.
+    pub(crate) asked: bool,
     settlement: Box<dyn Settlement>,
 }
 
@@ -378,6 +380,7 @@ impl Delivery {
             expires,
             lease: lease.into(),
             waited: false,
+            asked: false,
             settlement,
         }
     }

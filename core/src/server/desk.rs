@@ -171,9 +171,6 @@ impl Desk {
         };
         let word = (request.signals != Signals::None)
             .then(|| self.saying(&request, Reply::signal(request.id.clone(), word)));
-        // Said again, it would count as the word of another server of this name.
-        let mut request = Arc::unwrap_or_clone(request);
-        request.signals = Signals::None;
         let settlement = ByName {
             transport: Arc::clone(&self.transport),
             to: request.reply_to.clone(),
@@ -184,7 +181,8 @@ impl Desk {
             .map(|deadline| Instant::now() + deadline.budget);
         // Each server has a copy of its own: nobody else executes this one.
         let lease = CancellationToken::new();
-        let delivery = Delivery::new(request, 1, expires, lease, Box::new(settlement));
+        let mut delivery = Delivery::new(request, 1, expires, lease, Box::new(settlement));
+        delivery.asked = true;
         let serve = Arc::clone(service).serve(delivery);
         let serve = async move {
             if let Some(Some(word)) = word {

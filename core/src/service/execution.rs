@@ -41,7 +41,7 @@ pub(super) struct Begun {
 /// A request that is being settled.
 pub(super) struct Answered {
     settling: Settling,
-    /// None if there is no reply.
+    /// None if there is no reply, or none that could be sent later.
     unsent: Option<Unsent>,
 }
 
@@ -151,14 +151,15 @@ impl Service {
             };
         };
         let reply = Arc::new(self.reply(delivery.request.id.clone(), outcome));
-        let unsent = Unsent {
+        // What all were asked does not come again, and counts for nothing without the node that replies.
+        let unsent = (!delivery.asked).then(|| Unsent {
             to,
             reply: Arc::clone(&reply),
             expires,
-        };
+        });
         Answered {
             settling: delivery.reply_shared(Some(reply)),
-            unsent: Some(unsent),
+            unsent,
         }
     }
 
@@ -345,9 +346,12 @@ impl Service {
         };
         loop {
             sleep_until(next).await;
-            let signal = Signal::Running {
-                node: self.node.clone(),
-                every,
+            let node = self.node.clone();
+            let signal = match delivery.asked {
+                false => Signal::Running { node, every },
+                // It was said when it was taken. Said again, it would count as the word of another server of this name; but
+                // whether the caller is still there, anything tells.
+                true => Signal::Progress { node },
             };
             if !self.say(delivery, to, signal).await {
                 return;

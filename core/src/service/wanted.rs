@@ -53,6 +53,8 @@ impl Service {
         };
         let was_before_us = delivery.waited || delivery.attempt > 1;
         match request.signals {
+            // All are asked at once, and nobody else starts on this one.
+            _ if delivery.asked => Wanted::Yes,
             Signals::Offer => match Box::pin(self.offer(delivery, to, OFFER_LASTS)).await {
                 Answer::Start => Wanted::Yes,
                 Answer::Leave | Answer::Gone => Wanted::No,

@@ -28,6 +28,9 @@ const RETRY_PATIENCE: Duration = Duration::from_millis(400);
 /// How long after its queue a server may come to hear what is said to all servers.
 const SETTLES: Duration = Duration::from_millis(250);
 
+/// How often a server looks whether what was in its queue before it is still there.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
 /// What a subscription is.
 #[derive(Clone, Debug)]
 pub(crate) struct Plan {
@@ -57,8 +60,12 @@ pub(crate) struct Intake {
     /// The connection was lost to a message that the client library cannot read.
     pub(crate) unreadable: bool,
     pub(crate) opened: Instant,
-    /// How many requests of the main queue were there before it was consumed, and have not come yet, if they come here.
+    /// At most so many requests of the main queue were there before it was consumed, and may still come.
     backlog: u32,
+    /// How many are left in the queue: others take them too, or they expire. While it matters.
+    looking: Option<BoxFuture<'static, Option<u32>>>,
+    queue: ShortString,
+    prefetch: u32,
     /// The retry queue, while the broker does not give it to us.
     attaching: Option<BoxFuture<'static, Lane>>,
 }
@@ -129,24 +136,30 @@ impl Intake {
     }
 
     async fn consume(session: &Arc<Session>, plan: &Plan) -> Result<Self, Failure> {
+        let names = &plan.names;
         let prefetch = u16::try_from(plan.prefetch).unwrap_or(u16::MAX);
-        let backlog = topology::look(session, &plan.names.main).await?;
-        let main = Lane::open(session, &plan.names.main, prefetch).await?;
+        let backlog = topology::look(session, &names.main).await?;
+        let main = Lane::open(session, &names.main, prefetch).await?;
         let mut attaching = attach(Arc::clone(session), plan.clone()).boxed();
         let retry = timeout(RETRY_PATIENCE, &mut attaching).await.ok();
         if retry.is_none() {
             tracing::warn!(queue = %plan.names.retry, "no answer; serving without it for now");
         }
-        Ok(Self {
+        let mut intake = Self {
             session: Arc::clone(session),
             lease: CancellationToken::new(),
             unreadable: false,
             opened: Instant::now(),
             backlog: backlog.message_count(),
+            looking: None,
+            queue: names.main.clone(),
+            prefetch: prefetch.into(),
             main,
             attaching: retry.is_none().then_some(attaching),
             retry,
-        })
+        };
+        intake.is_left(None);
+        Ok(intake)
     }
 
     /// The next delivery; `None` once a consumer has ended, for whatever reason.
@@ -157,6 +170,11 @@ impl Intake {
             {
                 self.attaching = None;
                 self.retry = Some(lane);
+            }
+            while let Some(looking) = &mut self.looking
+                && let Poll::Ready(left) = looking.poll_unpin(cx)
+            {
+                self.is_left(left);
             }
             let retry = self.retry.iter_mut().map(|lane| (Origin::Retry, lane));
             for (origin, lane) in retry.chain([(Origin::Main, &mut self.main)]) {
@@ -187,9 +205,30 @@ impl Intake {
         before || self.opened.elapsed() < SETTLES
     }
 
+    /// Notes how many requests are left in the main queue, if that could be learned, and looks again while old ones may be among
+    /// them.
+    fn is_left(&mut self, left: Option<u32>) {
+        // Those on their way to us are not counted by the broker.
+        let left = left.map_or(self.backlog, |left| left.saturating_add(self.prefetch));
+        self.backlog = self.backlog.min(left);
+        let may_be_old = self.backlog > self.prefetch;
+        self.looking = may_be_old.then(|| self.look_later());
+    }
+
+    /// How many requests are in the main queue a little later; none if the broker does not say.
+    fn look_later(&self) -> BoxFuture<'static, Option<u32>> {
+        let (session, queue) = (Arc::clone(&self.session), self.queue.clone());
+        Box::pin(async move {
+            sleep(LOOK_AGAIN).await;
+            let looked = topology::look(&session, &queue).await;
+            looked.ok().map(|queue| queue.message_count())
+        })
+    }
+
     /// Stops taking, and gives what the broker had sent until then.
     pub(crate) async fn cancel(&mut self) -> Vec<(Origin, Delivery)> {
         self.attaching = None;
+        self.looking = None;
         let mut rest = Vec::new();
         for (origin, lane) in self.lanes() {
             let options = BasicCancelOptions::default();

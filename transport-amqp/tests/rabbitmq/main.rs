@@ -52,6 +52,7 @@ fn main() -> ExitCode {
         queues::a_call_while_its_queue_is_declared_is_answered,
         queues::what_nobody_received_is_not_counted,
         queues::a_busy_server_gives_back_what_it_cannot_start,
+        queues::a_backlog_that_went_elsewhere_is_forgotten,
         said::who_has_joined_hears_it,
         said::an_inbox_that_comes_back_has_joined,
         said::a_reply_to_an_inbox_that_is_gone_is_told,

@@ -9,7 +9,8 @@ use antiphon_core::transport::SubscriptionEvent;
 use antiphon_core::{ErrorKind, Executed, Fault, Server};
 use bytes::Bytes;
 use futures_util::future::join_all;
-use lapin::options::{QueueDeclareOptions, QueueDeleteOptions};
+use lapin::BasicProperties;
+use lapin::options::{QueueDeclareOptions, QueueDeleteOptions, QueuePurgeOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep};
@@ -232,7 +233,7 @@ pub(crate) async fn a_reply_for_nobody_is_counted(bench: Bench) {
     let server = Server::new(transport.clone()).handle_raw(service.as_str(), echo);
     let _server = server.start().await.unwrap();
     let plain = bench.plain().await;
-    let properties = lapin::BasicProperties::default()
+    let properties = BasicProperties::default()
         .with_reply_to("nobody.here".into())
         .with_correlation_id("1".into());
     plain.publish(&service, properties, b"").await;
@@ -328,6 +329,54 @@ pub(crate) async fn a_busy_server_gives_back_what_it_cannot_start(bench: Bench) 
         assert_eq!(&answer.unwrap().body[..], b"body");
     }
     again.reply(None).await.unwrap();
+}
+
+/// What was in the queue before the server, and went without it, makes nothing that comes later look old.
+pub(crate) async fn a_backlog_that_went_elsewhere_is_forgotten(bench: Bench) {
+    const BEFORE: usize = 200;
+    const LATER: usize = 40;
+    let service = fresh("backlog");
+    let name = antiphon_core::ServiceName::new(&service).unwrap();
+    let transport = bench.connect().await;
+    let subscribe = async || {
+        let options = antiphon_core::transport::SubscribeOptions::shared(1);
+        let subscribed = antiphon_core::Transport::subscribe(&*transport, &name, options);
+        subscribed.await.unwrap()
+    };
+    subscribe().await.stop().await;
+    let plain = bench.plain().await;
+    for _ in 0..BEFORE {
+        plain
+            .publish(&service, BasicProperties::default(), b"")
+            .await;
+    }
+    let mut subscription = subscribe().await;
+    let mut next = async || match subscription.recv().await {
+        SubscriptionEvent::Deliveries(mut deliveries) => deliveries.pop().unwrap(),
+        SubscriptionEvent::Closed(error) => panic!("{error}"),
+    };
+    let old = next().await;
+    assert!(old.waited);
+    let purge = QueuePurgeOptions::default();
+    plain
+        .channel
+        .queue_purge(service.as_str().into(), purge)
+        .await
+        .unwrap();
+    old.reply(None).await.unwrap();
+    for _ in 0..LATER {
+        plain
+            .publish(&service, BasicProperties::default(), b"")
+            .await;
+        let fresh = next().await;
+        let waited = fresh.waited;
+        fresh.reply(None).await.unwrap();
+        if !waited {
+            return;
+        }
+        sleep(Duration::from_millis(100)).await;
+    }
+    panic!("{LATER} requests count as old that are not");
 }
 
 /// It loses its consumers with its queue, but not its service.

@@ -12,7 +12,7 @@ mod serving;
 pub use self::clutch::{Engagement, WhenDisengaged};
 pub use self::counters::ServerStats;
 pub(crate) use self::counters::{Counters, count};
-pub(crate) use self::outbox::{KeptTo, Outbox};
+pub(crate) use self::outbox::{Keeping, KeptTo, Outbox};
 pub(crate) use self::running::Running;
 pub use self::running_server::RunningServer;
 use self::serving::Serving;

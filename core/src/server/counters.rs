@@ -22,8 +22,10 @@ pub struct ServerStats {
     pub lost_leases: u64,
     /// Requests that could not be settled for another reason; the broker delivers them again.
     pub unsettled: u64,
-    /// Replies that could not be sent, and not be kept either: no room, or the store's disk failed.
+    /// Replies that could not be sent, and not be kept either: no room.
     pub not_kept: u64,
+    /// Replies that are kept in memory only, because the store's disk failed or took too long: they die with the process.
+    pub not_stored: u64,
     /// Requests that another server had before.
     pub redelivered: u64,
     /// Requests whose callers gave them up, or did not want them any more, before they were started.
@@ -39,6 +41,7 @@ pub(crate) struct Counters {
     pub(crate) lost_leases: AtomicU64,
     pub(crate) unsettled: AtomicU64,
     pub(crate) not_kept: AtomicU64,
+    pub(crate) not_stored: AtomicU64,
     pub(crate) redelivered: AtomicU64,
     pub(crate) cancelled: AtomicU64,
     busy_us: AtomicU64,
@@ -79,6 +82,7 @@ impl Counters {
             lost_leases: read(&self.lost_leases),
             unsettled: read(&self.unsettled),
             not_kept: read(&self.not_kept),
+            not_stored: read(&self.not_stored),
             redelivered: read(&self.redelivered),
             cancelled: read(&self.cancelled),
         }

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::Notify;
-use tokio::time::{Instant, sleep, sleep_until, timeout_at};
+use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 pub(crate) use self::index::OutboxBounds;
@@ -16,8 +16,12 @@ use crate::config::TIMEOUT_MAX;
 use crate::envelope::{CorrelationId, Reply};
 use crate::error::{Error, ErrorKind};
 use crate::name::ReplyAddress;
-use crate::outbox_store::{KeptReply, OutboxChange, OutboxKey, OutboxStore};
+use crate::outbox_store::{KeptReply, OutboxChange, OutboxKey, OutboxStore, StoreWrite};
 use crate::transport::{ConnectionState, Outbound, Transport};
+
+/// How long a server waits for its store when it starts, and a reply that is kept.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
+const STORE_PATIENCE: Duration = Duration::from_secs(3);
 
 /// After what the broker had no room for.
 const FULL_WAITS: Duration = Duration::from_millis(200);
@@ -46,18 +50,33 @@ pub(crate) enum KeptTo {
     Answer,
 }
 
+/// How a reply is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Keeping {
+    /// Beyond the life of the process, if there is a store.
+    AsAsked,
+    /// There is a store, and it failed.
+    InMemory,
+    NoRoom,
+}
+
 impl Outbox {
     /// An outbox with what its store has, if it has one.
     ///
     /// # Errors
-    /// The store's.
+    /// The store's, also if it does not answer.
     pub(crate) async fn open(
         transport: Arc<dyn Transport>,
         bounds: OutboxBounds,
         store: Option<Arc<dyn OutboxStore>>,
     ) -> Result<Arc<Self>, Error> {
         let found = match &store {
-            Some(store) => store.open().await?,
+            Some(store) => timeout(OPEN_TIMEOUT, store.open())
+                .await
+                .unwrap_or_else(|_| {
+                    let message = format!("the outbox was not opened within {OPEN_TIMEOUT:?}");
+                    Err(Error::not_executed(ErrorKind::Outbox, message))
+                })?,
             None => Vec::new(),
         };
         let outbox = Self {
@@ -78,15 +97,15 @@ impl Outbox {
         self.store.is_some()
     }
 
-    /// Keeps a reply that could not be sent; when it resolves to true, what is to survive the process does. False if there is no
-    /// room, or if it could not be stored, which is said.
+    /// Keeps a reply that could not be sent; when it resolves, what is to survive the process does, unless the store fails or takes
+    /// too long, which is said.
     pub(crate) async fn keep(
         &self,
         to: &ReplyAddress,
         reply: Arc<Reply>,
         expires: Instant,
         kept_to: KeptTo,
-    ) -> bool {
+    ) -> Keeping {
         let kept = KeptReply {
             to: to.clone(),
             reply,
@@ -103,7 +122,7 @@ impl Outbox {
             let Some((number, forgotten)) = room else {
                 // One with the same key had to go first.
                 self.write_forgotten(vec![key]);
-                return false;
+                return Keeping::NoRoom;
             };
             self.write_forgotten(forgotten);
             let store = self.store.as_ref();
@@ -112,23 +131,19 @@ impl Outbox {
                 store.map(|store| store.write(OutboxChange::Keep(Box::new(kept)))),
             )
         };
-        if let Some(written) = written
-            && let Err(error) = written.await
-        {
-            tracing::error!(%error, "a reply that could not be sent cannot be kept");
-            let mut index = self.lock();
-            index.forget(&key, number);
-            self.show_count(&index);
-            return false;
-        }
+        let stored = match written {
+            Some(written) => stored(&key, written).await,
+            None => true,
+        };
         // It may have expired meanwhile.
         let kept = self.lock().settle(&key, number, kept_to);
-        if kept && self.is_durable() {
-            tracing::debug!(id = %key.id, "a reply survives in the outbox");
-        }
         // Also for what only answers: it expires.
         self.added.notify_one();
-        kept
+        match (kept, stored) {
+            (false, _) => Keeping::NoRoom,
+            (true, false) => Keeping::InMemory,
+            (true, true) => Keeping::AsAsked,
+        }
     }
 
     /// The reply to a request that was executed before. Ids of ours are nobody else's; those of plain peers need not
@@ -315,6 +330,22 @@ impl Outbox {
         // No code of a user runs under the lock, so a poisoned index is still a whole one.
         self.index.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Waits until a reply survives the process; false if it does not. Nothing is undone then: it may survive later.
+async fn stored(key: &OutboxKey, written: StoreWrite) -> bool {
+    let (id, waited) = (&key.id, STORE_PATIENCE);
+    match timeout(STORE_PATIENCE, written).await {
+        Ok(Ok(())) => {
+            tracing::debug!(%id, "a reply survives in the outbox");
+            return true;
+        }
+        Ok(Err(error)) => tracing::error!(%id, %error, "a reply is kept in memory only"),
+        Err(_) => {
+            tracing::error!(%id, ?waited, "a reply is kept in memory only: no word from the store")
+        }
+    }
+    false
 }
 
 fn key(id: &CorrelationId, to: &ReplyAddress) -> OutboxKey {

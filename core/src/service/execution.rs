@@ -19,7 +19,7 @@ use crate::error::{Error, ErrorKind, Executed};
 use crate::fault::{Code, Fault};
 use crate::handler::{AnyHandler, Failure, Handling, Response};
 use crate::name::ReplyAddress;
-use crate::server::{KeptTo, count};
+use crate::server::{Keeping, KeptTo, count};
 use crate::signal::{Signal, Signals};
 use crate::transport::{Delivery, Settling};
 
@@ -101,7 +101,7 @@ impl Service {
     pub(super) async fn finish(self: Arc<Self>, left: Left) {
         let answered = match left {
             Left::Unsettled(error, unsent) => {
-                return self.keep_or_count(&error, Some(&unsent), false).await;
+                return self.keep_or_count(&error, Some(&unsent), None).await;
             }
             Left::Settlement(answered) => answered,
             Left::Handler(mut begun) => {
@@ -121,7 +121,7 @@ impl Service {
             Some(unsent) if self.outbox.is_durable() => {
                 Box::pin(self.settled_or_kept(settling, unsent)).await
             }
-            _ => (self.settled(settling).await, false),
+            _ => (self.settled(settling).await, None),
         };
         if let Some(Err(error)) = settled {
             self.keep_or_count(&error, unsent.as_ref(), kept).await;
@@ -181,18 +181,26 @@ impl Service {
         }
     }
 
-    /// A reply that the connection was lost under is kept until it is back; all else is counted. It may be kept already.
-    async fn keep_or_count(&self, error: &Error, unsent: Option<&Unsent>, kept: bool) {
-        let kept = match (unsent, error.kind()) {
-            (Some(unsent), ErrorKind::ConnectionLost) => self.keep(unsent, KeptTo::Send).await,
+    /// A reply that the connection was lost under is kept until it is back; all else is counted. It may be kept already, to answer
+    /// its request.
+    async fn keep_or_count(&self, error: &Error, unsent: Option<&Unsent>, kept: Option<Keeping>) {
+        let kept_to = match error.kind() {
+            ErrorKind::ConnectionLost => KeptTo::Send,
             // Not ours to send any more; but should the request come here again, it need not run again.
-            (Some(unsent), ErrorKind::LostLease) if !kept => {
-                self.keep(unsent, KeptTo::Answer).await;
-                false
-            }
-            _ => false,
+            ErrorKind::LostLease => KeptTo::Answer,
+            _ => return self.unsettled(error),
         };
-        if kept {
+        let keeping = match (unsent, kept) {
+            (_, Some(kept)) if kept != Keeping::NoRoom && kept_to == KeptTo::Answer => Some(kept),
+            (Some(unsent), _) => self.keep(unsent, kept_to).await,
+            (None, _) => None,
+        };
+        match keeping {
+            Some(Keeping::NoRoom) => count(&self.counters.not_kept),
+            Some(Keeping::InMemory) => count(&self.counters.not_stored),
+            Some(Keeping::AsAsked) | None => {}
+        }
+        if kept_to == KeptTo::Send && keeping.is_some_and(|kept| kept != Keeping::NoRoom) {
             tracing::info!(service = %self.name, %error, "a reply is kept until the broker is back");
         } else {
             self.unsettled(error);
@@ -200,27 +208,27 @@ impl Service {
     }
 
     /// Waits for a settlement, and keeps the reply as soon as the connection is away: some transports settle only when it is
-    /// back or the lease is over, and the process may not live as long. True if it is kept.
+    /// back or the lease is over, and the process may not live as long.
     async fn settled_or_kept(
         &self,
         mut settling: Settling,
         unsent: &Unsent,
-    ) -> (Option<Result<(), Error>>, bool) {
+    ) -> (Option<Result<(), Error>>, Option<Keeping>) {
         tokio::select! {
             biased;
-            settled = self.settled(&mut settling) => return (settled, false),
+            settled = self.settled(&mut settling) => return (settled, None),
             () = self.outbox.away() => {}
         }
         let kept = self.keep(unsent, KeptTo::Answer).await;
         let settled = self.settled(settling).await;
-        if kept && matches!(settled, Some(Ok(()))) {
+        if let Some(Ok(())) = settled {
             self.outbox.forget(&unsent.reply.id, &unsent.to);
         }
         (settled, kept)
     }
 
-    /// Keeps a reply until its deadline. False if that is not possible, or if it is one that must not be kept.
-    async fn keep(&self, unsent: &Unsent, kept_to: KeptTo) -> bool {
+    /// Keeps a reply until its deadline. None if it is one that must not be kept.
+    async fn keep(&self, unsent: &Unsent, kept_to: KeptTo) -> Option<Keeping> {
         // Another server may have the request by the time that this is sent, and execute it: then it were not true that
         // nobody did. If nobody does, it is soon refused again.
         if let Outcome::Fault {
@@ -228,17 +236,13 @@ impl Service {
             ..
         } = unsent.reply.outcome
         {
-            return false;
+            return None;
         }
         let expires = unsent
             .expires
             .unwrap_or_else(|| Instant::now() + self.config.default_timeout);
         let reply = Arc::clone(&unsent.reply);
-        let kept = Box::pin(self.outbox.keep(&unsent.to, reply, expires, kept_to)).await;
-        if !kept {
-            count(&self.counters.not_kept);
-        }
-        kept
+        Some(Box::pin(self.outbox.keep(&unsent.to, reply, expires, kept_to)).await)
     }
 
     /// The handler that may start on a request, or why none may.

@@ -122,13 +122,6 @@ impl Index {
         true
     }
 
-    /// Forgets what was kept under a number.
-    pub(super) fn forget(&mut self, key: &OutboxKey, number: u64) {
-        if self.kept.get(key).is_some_and(|kept| kept.number == number) {
-            self.remove(key);
-        }
-    }
-
     /// Forgets a reply; false if it was not there.
     pub(super) fn remove(&mut self, key: &OutboxKey) -> bool {
         let Some(kept) = self.kept.remove(key) else {
@@ -293,17 +286,14 @@ mod tests {
     }
 
     #[test]
-    fn one_that_took_its_place_is_not_forgotten_for_it() {
+    fn one_that_took_its_place_is_not_taken_for_it() {
         let mut index = Index::default();
         let later = Instant::now() + Duration::from_secs(5);
         let first = keep(&mut index, 1, "1", later).unwrap();
         keep(&mut index, 1, "2", later).unwrap();
-        index.forget(&key(1), first);
-        assert!(
-            index
-                .find(&key(1))
-                .is_some_and(|kept| kept.reply.body == "2")
-        );
+        assert!(!index.sent(&key(1), first));
+        assert!(!index.settle(&key(1), first, KeptTo::Answer));
+        assert_eq!(index.find_unsent(&key(1)).unwrap().reply.body, "2");
         assert_eq!(index.unsent.len(), 1);
     }
 }

@@ -263,6 +263,10 @@ impl Server {
         };
         let transport = Arc::clone(&self.transport);
         let outbox = Outbox::open(transport, bounds, self.outbox_store).await?;
+        let kill = CancellationToken::new();
+        // It need not serve to send what was kept, and may have to stand by for long.
+        tokio::spawn(Arc::clone(&outbox).run(kill.clone()));
+        let killed_on_drop = kill.clone().drop_guard();
         let (words, heard) = mpsc::channel(desk::BACKLOG_MAX);
         let client = Client::open_at_desk(
             Arc::clone(&self.transport),
@@ -285,7 +289,7 @@ impl Server {
             client.join(&name).await?;
         }
 
-        let (stop, kill) = (CancellationToken::new(), CancellationToken::new());
+        let stop = CancellationToken::new();
         let counters = Arc::new(Counters::default());
         let running = Arc::new(Running::default());
         let (engagement, shown) = watch::channel(Engagement::Engaged);
@@ -340,11 +344,10 @@ impl Server {
             engagement,
         };
         loops.spawn(clutch.run(stop.clone()));
-        tokio::spawn(desk.run(heard, stop.clone(), kill.clone()));
-        tokio::spawn(Arc::clone(&outbox).run(kill.clone()));
+        tokio::spawn(desk.run(heard, stop.clone(), kill));
         Ok(RunningServer {
             stop: stop.drop_guard(),
-            kill: kill.drop_guard(),
+            kill: killed_on_drop,
             loops,
             handlers: handlers_running,
             counters,

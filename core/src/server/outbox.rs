@@ -1,6 +1,8 @@
 //! Replies that were finished while the broker was away, kept until it is back.
 
 mod index;
+#[cfg(test)]
+mod tests;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -25,6 +27,9 @@ const STORE_PATIENCE: Duration = Duration::from_secs(3);
 
 /// After what the broker had no room for.
 const FULL_WAITS: Duration = Duration::from_millis(200);
+
+/// After the connection was lost under a reply.
+const LOST_WAITS: Duration = Duration::from_millis(50);
 
 /// A reply is kept until its deadline: to be sent, and to answer its request if that is delivered again.
 #[derive(Debug)]
@@ -179,26 +184,32 @@ impl Outbox {
 
     /// Sends what is kept whenever the broker is there, and forgets what has expired, until `stop`.
     pub(crate) async fn run(self: Arc<Self>, stop: CancellationToken) {
-        let send_all = async {
-            loop {
-                while let Some(key) = self.first() {
-                    self.send(&key).await;
-                }
-                let expiry = self.lock().next_expiry();
-                tokio::select! {
-                    () = self.added.notified() => {}
-                    () = sleep_until(expiry.unwrap_or_else(Instant::now)), if expiry.is_some() => {}
-                }
-            }
-        };
         tokio::select! {
-            () = send_all => {}
+            () = self.send_all() => {}
             () = stop.cancelled() => {}
         }
     }
 
-    /// Sends one reply, as often as it takes until its deadline.
-    async fn send(&self, key: &OutboxKey) {
+    async fn send_all(&self) {
+        // The broker had no room just now: what it had none for before waits.
+        let mut rests = false;
+        loop {
+            if let Some(key) = self.first(rests) {
+                rests = self.send(&key).await.is_none();
+                continue;
+            }
+            let again = rests.then(|| Instant::now() + FULL_WAITS);
+            let wake = again.into_iter().chain(self.lock().next_expiry()).min();
+            tokio::select! {
+                () = self.added.notified() => {}
+                () = sleep_until(wake.unwrap_or_else(Instant::now)), if wake.is_some() => {}
+            }
+            rests = false;
+        }
+    }
+
+    /// Sends one reply, as often as it takes until its deadline, or until the broker has no room for it: none then.
+    async fn send(&self, key: &OutboxKey) -> Option<()> {
         let unsent = || self.lock().find_unsent(key).cloned();
         while let Some(Kept {
             reply,
@@ -215,8 +226,15 @@ impl Outbox {
                 self.transport.send(Outbound::Reply { to, reply }).await
             };
             match timeout_at(expires, sent).await {
-                Ok(Err(error)) if error.kind() == ErrorKind::ConnectionLost => {}
-                Ok(Err(error)) if error.kind() == ErrorKind::Overloaded => sleep(FULL_WAITS).await,
+                // It may not show yet that the connection is away.
+                Ok(Err(error)) if error.kind() == ErrorKind::ConnectionLost => {
+                    sleep(LOST_WAITS).await
+                }
+                Ok(Err(error)) if error.kind() == ErrorKind::Overloaded => {
+                    self.lock().refused(key);
+                    self.sent.notify_waiters();
+                    return None;
+                }
                 // It stays unsent, for whoever opens the store next.
                 Ok(Err(error)) if error.kind() == ErrorKind::Closed => std::future::pending().await,
                 // Sent, or its caller is gone.
@@ -231,16 +249,17 @@ impl Outbox {
             }
         }
         self.sent.notify_waiters();
+        Some(())
     }
 
-    /// Waits until all is sent, or the broker is away.
+    /// Waits until all is sent but what there is no room for, or the broker is away.
     pub(crate) async fn flushed(&self) {
         let mut state = self.transport.state();
         loop {
             let mut sent = std::pin::pin!(self.sent.notified());
             // Before the look: what is sent between the two would be missed.
             sent.as_mut().enable();
-            if self.lock().all_sent() || *state.borrow_and_update() != ConnectionState::Connected {
+            if self.lock().all_tried() || *state.borrow_and_update() != ConnectionState::Connected {
                 return;
             }
             tokio::select! {
@@ -294,10 +313,12 @@ impl Outbox {
         self.write_forgotten(dropped);
     }
 
-    fn first(&self) -> Option<OutboxKey> {
+    /// What is to be sent next.
+    fn first(&self, rests: bool) -> Option<OutboxKey> {
         let mut index = self.lock();
         self.forget_expired(&mut index);
-        index.first()
+        let refused = || index.first_refused().filter(|_| !rests);
+        index.first().or_else(refused)
     }
 
     fn forget_expired(&self, index: &mut Index) {

@@ -19,8 +19,10 @@ pub(crate) struct OutboxBounds {
 #[derive(Debug, Default)]
 pub(super) struct Index {
     kept: HashMap<OutboxKey, Kept>,
-    /// What is to be sent, in order; what was forgotten meanwhile is skipped.
+    /// What is to be sent, in order.
     unsent: VecDeque<OutboxKey>,
+    /// What is to be sent again, since there was no room for it.
+    refused: VecDeque<OutboxKey>,
     /// What only answers its request, by age.
     idle: BTreeMap<u64, OutboxKey>,
     expiries: BTreeMap<(Instant, u64), OutboxKey>,
@@ -118,8 +120,21 @@ impl Index {
         };
         kept.purpose = Purpose::Idle;
         self.idle.insert(number, key.clone());
-        self.unsent.retain(|unsent| unsent != key);
+        self.unqueue(key);
         true
+    }
+
+    /// Has a reply that there was no room for sent again, behind all others.
+    pub(super) fn refused(&mut self, key: &OutboxKey) {
+        if self.find_unsent(key).is_some() {
+            self.unqueue(key);
+            self.refused.push_back(key.clone());
+        }
+    }
+
+    fn unqueue(&mut self, key: &OutboxKey) {
+        self.unsent.retain(|unsent| unsent != key);
+        self.refused.retain(|refused| refused != key);
     }
 
     /// Forgets a reply; false if it was not there.
@@ -131,7 +146,7 @@ impl Index {
         self.idle.remove(&kept.number);
         self.expiries.remove(&(kept.expires, kept.number));
         if kept.purpose == Purpose::Unsent {
-            self.unsent.retain(|unsent| unsent != key);
+            self.unqueue(key);
         }
         true
     }
@@ -164,6 +179,11 @@ impl Index {
         self.unsent.front().cloned()
     }
 
+    /// The first that is to be sent again.
+    pub(super) fn first_refused(&self) -> Option<OutboxKey> {
+        self.refused.front().cloned()
+    }
+
     /// When the next one expires.
     pub(super) fn next_expiry(&self) -> Option<Instant> {
         self.expiries.keys().next().map(|(expires, _)| *expires)
@@ -173,7 +193,8 @@ impl Index {
         self.kept.len()
     }
 
-    pub(super) fn all_sent(&self) -> bool {
+    /// True if each was sent, or refused.
+    pub(super) fn all_tried(&self) -> bool {
         self.unsent.is_empty()
     }
 }
@@ -236,7 +257,7 @@ mod tests {
         assert!(index.remove_expired(now).is_empty());
         assert_eq!(index.remove_expired(later), [key(1), key(2)]);
         assert_eq!((index.count(), index.bytes), (0, 0));
-        assert!(index.all_sent() && index.next_expiry().is_none());
+        assert!(index.all_tried() && index.next_expiry().is_none());
     }
 
     #[test]

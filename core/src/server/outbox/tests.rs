@@ -245,7 +245,7 @@ fn run(outbox: &Arc<Outbox>) -> tokio_util::sync::DropGuard {
 }
 
 /// Keeps a reply for ten seconds.
-async fn keep(outbox: &Arc<Outbox>, address: &str, reply: Arc<Reply>, kept_to: KeptTo) -> bool {
+async fn keep(outbox: &Arc<Outbox>, address: &str, reply: Arc<Reply>, kept_to: KeptTo) -> Keeping {
     let expires = Instant::now() + 10 * SECOND;
     outbox.keep(&to(address), reply, expires, kept_to).await
 }
@@ -267,9 +267,10 @@ async fn what_is_being_stored_does_not_go_for_another_one() {
         async move { keep(&outbox, "a", reply(1, "first"), KeptTo::Send).await }
     });
     settle().await;
-    assert!(!keep(&outbox, "a", reply(2, "second"), KeptTo::Send).await);
+    let second = keep(&outbox, "a", reply(2, "second"), KeptTo::Send).await;
+    assert_eq!(second, Keeping::NoRoom);
     stored.send(Ok(())).unwrap();
-    assert!(first.await.unwrap());
+    assert_eq!(first.await.unwrap(), Keeping::AsAsked);
     settle().await;
     assert_eq!(broker.sent(), ["first"]);
     assert!(!told.forgot(1));
@@ -282,7 +283,7 @@ async fn what_only_answers_expires_too() {
     let outbox = open(&broker, 10, Some(&told)).await;
     let _running = run(&outbox);
     settle().await;
-    assert!(keep(&outbox, "a", reply(1, "an answer"), KeptTo::Answer).await);
+    keep(&outbox, "a", reply(1, "an answer"), KeptTo::Answer).await;
     sleep(9 * SECOND).await;
     assert_eq!(outbox.count(), 1);
     sleep(2 * SECOND).await;
@@ -296,7 +297,7 @@ async fn a_full_inbox_holds_up_no_other_and_no_shutdown() {
     let outbox = open(&broker, 10, None).await;
     broker.refuse(&to("full"), ErrorKind::Overloaded);
     for (id, address, body) in [(1, "full", "1"), (2, "full", "2"), (3, "other", "3")] {
-        assert!(keep(&outbox, address, reply(id, body), KeptTo::Send).await);
+        keep(&outbox, address, reply(id, body), KeptTo::Send).await;
     }
     let _running = run(&outbox);
     let began = Instant::now();
@@ -323,10 +324,12 @@ async fn what_the_store_does_not_take_is_sent_nevertheless() {
         "the disk is full",
     )))
     .unwrap();
-    keep(&outbox, "a", reply(1, "full"), KeptTo::Send).await;
+    let failed = keep(&outbox, "a", reply(1, "full"), KeptTo::Send).await;
+    assert_eq!(failed, Keeping::InMemory);
     let _hangs = told.holds();
     let began = Instant::now();
-    keep(&outbox, "a", reply(2, "hangs"), KeptTo::Send).await;
+    let hung = keep(&outbox, "a", reply(2, "hangs"), KeptTo::Send).await;
+    assert_eq!(hung, Keeping::InMemory);
     assert!(began.elapsed() < 5 * SECOND);
     settle().await;
     assert_eq!(broker.sent(), ["full", "hangs"]);
@@ -406,7 +409,7 @@ async fn a_promise_that_nothing_ran_is_not_kept() {
             .deliveries
             .send(delivery(method, ErrorKind::ConnectionLost))
     };
-    deliver(Some("of nobody")).unwrap();
+    deliver(Some("nobodys")).unwrap();
     settle().await;
     assert_eq!(server.stats().faults, 1);
     assert_eq!(server.outbox.count(), 0);

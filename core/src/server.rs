@@ -283,10 +283,19 @@ impl Server {
             config: self.config,
         };
         let names: Vec<_> = services.keys().cloned().collect();
-        let subscriptions = owner.subscribe(&names).await?;
-        // Not before it serves: who stands by is not asked.
-        for name in names {
-            client.join(&name).await?;
+        // Each is joined as soon as it is served: in between it hears of nothing that is given up. But who waits for another
+        // server gets all or none.
+        let at_once = match self.config.ownership {
+            Ownership::Shared | Ownership::Exclusive => 1,
+            Ownership::Standby | Ownership::TakeOver => names.len(),
+        };
+        let mut subscriptions = Vec::with_capacity(names.len());
+        for names in names.chunks(at_once) {
+            subscriptions.extend(owner.subscribe(names).await?);
+            // Not before it serves: who stands by is not asked.
+            for name in names {
+                client.join(name).await?;
+            }
         }
 
         let stop = CancellationToken::new();
@@ -305,6 +314,7 @@ impl Server {
             handlers: handlers_running.clone(),
             started: Instant::now(),
         };
+        let mut servings = Vec::with_capacity(subscriptions.len());
         for (subscription, (name, handlers)) in subscriptions.into_iter().zip(services) {
             let service = Arc::new(Service {
                 name: name.clone(),
@@ -323,13 +333,17 @@ impl Server {
                 owned: Owned::default(),
             };
             desk.services.insert(name, served.clone());
-            let serving = Serving {
+            servings.push(Serving {
                 subscription,
                 served,
                 all: handlers_running.clone(),
                 stop: stop.clone(),
                 owner: owner.clone(),
-            };
+            });
+        }
+        // Before anything is served: what was given up until now was said to it.
+        tokio::spawn(desk.run(heard, stop.clone(), kill));
+        for serving in servings {
             let shown = engagement.clone();
             loops.spawn(async move {
                 let error = serving.run().await?;
@@ -344,7 +358,6 @@ impl Server {
             engagement,
         };
         loops.spawn(clutch.run(stop.clone()));
-        tokio::spawn(desk.run(heard, stop.clone(), kill));
         Ok(RunningServer {
             stop: stop.drop_guard(),
             kill: killed_on_drop,

@@ -22,14 +22,16 @@ pub trait OutboxStore: Debug + Send + Sync + 'static {
     /// Opens the store, and gives all that it has.
     ///
     /// # Errors
-    /// [`ErrorKind::Outbox`](crate::ErrorKind::Outbox) if it cannot be used; the server is not started then.
+    /// [`ErrorKind::Outbox`](crate::ErrorKind::Outbox) if it cannot be used; the server is not started then, nor if it takes
+    /// longer than 10 s.
     async fn open(&self) -> Result<Vec<KeptReply>, Error>;
 
     /// Changes what is kept. Changes take effect in the order of the calls, whether their futures are polled or not.
     ///
     /// **Resolves when** the change survives the end of the process, and of the machine.
     /// **Cancel safety**: dropping the future does not undo the change.
-    /// **Errors**: the reply of a [`Keep`](OutboxChange::Keep) is not kept then. The other changes are made good with a later one.
+    /// **Errors**: the reply of a [`Keep`](OutboxChange::Keep) is not in the store then, and lives in the server's memory only, as does
+    /// one that takes longer than 3 s. The other changes are made good with a later one.
     fn write(&self, change: OutboxChange) -> StoreWrite;
 
     /// Closes the store: when it resolves, another process may open it. What was written before is done first; writing
@@ -70,8 +72,8 @@ pub struct KeptReply {
     pub reply: Arc<Reply>,
     /// It is to be sent; else it only answers its request, should that come again.
     pub unsent: bool,
-    /// When it was kept, by this host's wall clock: the only one that survives a process. A clock that is set while
-    /// the process is dead makes the reply live for longer or shorter, but never longer than it was to live when it was kept.
+    /// When it was kept, by this host's wall clock: the only one that survives a process. A clock that is set forward while
+    /// the process is dead makes the reply live shorter; one that is set back longer, at most its whole life again after each start.
     pub kept_at: SystemTime,
     /// How long it was to live then, at most.
     pub lasts: Duration,
@@ -101,7 +103,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_reply_never_lives_longer_than_it_was_to() {
+    fn a_reply_has_at_most_its_whole_life_left() {
         let second = Duration::from_secs(1);
         let now = SystemTime::now();
         let kept = KeptReply {

@@ -15,7 +15,7 @@ pub enum OutboxError {
     /// The file is something else.
     #[error("it is not an outbox")]
     Foreign,
-    /// It is an outbox that cannot be read.
+    /// It is an outbox that cannot be read, or could not until just now: what can be mended is by the next time.
     #[error("it is damaged: {0}")]
     Damaged(String),
     /// It is of another version of this library.

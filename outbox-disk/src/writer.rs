@@ -135,7 +135,7 @@ impl Writer {
             return;
         }
         let change = match change {
-            // It counts as not kept.
+            // The server has it in memory, and says later what becomes of it.
             OutboxChange::Keep(kept) => OutboxChange::Forget(kept.key()),
             other => other,
         };
@@ -153,7 +153,7 @@ impl Writer {
     }
 }
 
-/// What panics in the store is an error.
+/// What panics in the store is an error, where panics unwind.
 fn guarded<T>(run: impl FnOnce() -> Result<T, OutboxError>) -> Result<T, OutboxError> {
     catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| Err(OutboxError::panicked(&*panic)))
 }

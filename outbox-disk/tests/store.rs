@@ -282,10 +282,13 @@ async fn damage_is_told_and_never_sent() {
     let mut flipped = sound.clone();
     flipped[at(b"bodybody").unwrap()] ^= 1;
     fs::write(&path, &flipped).unwrap();
-    assert!(matches!(
-        refusal(path.clone()).await,
-        OutboxError::Damaged(_)
-    ));
+    // A reply is not one that the store could mend by looking at it.
+    for _ in 0..2 {
+        assert!(matches!(
+            refusal(path.clone()).await,
+            OutboxError::Damaged(_)
+        ));
+    }
 
     fs::write(&path, &sound[..sound.len() / 2]).unwrap();
     assert!(matches!(

@@ -21,8 +21,10 @@ use crate::name::ReplyAddress;
 use crate::outbox_store::{KeptReply, OutboxChange, OutboxKey, OutboxStore, StoreWrite};
 use crate::transport::{ConnectionState, Outbound, Transport};
 
-/// How long a server waits for its store when it starts, and a reply that is kept.
+/// How long a server that starts waits for its store.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a reply waits to be stored. Then it is in memory only, and sent as if there were no store.
 const STORE_PATIENCE: Duration = Duration::from_secs(3);
 
 /// After what the broker had no room for.
@@ -63,6 +65,15 @@ pub(crate) enum Keeping {
     /// There is a store, and it failed.
     InMemory,
     NoRoom,
+}
+
+/// How sending a reply ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Tried {
+    /// It was sent, or is not to be sent any more.
+    Done,
+    /// The broker has no room for it now.
+    Refused,
 }
 
 impl Outbox {
@@ -195,7 +206,7 @@ impl Outbox {
         let mut rests = false;
         loop {
             if let Some(key) = self.first(rests) {
-                rests = self.send(&key).await.is_none();
+                rests = self.send(&key).await == Tried::Refused;
                 continue;
             }
             let again = rests.then(|| Instant::now() + FULL_WAITS);
@@ -208,8 +219,8 @@ impl Outbox {
         }
     }
 
-    /// Sends one reply, as often as it takes until its deadline, or until the broker has no room for it: none then.
-    async fn send(&self, key: &OutboxKey) -> Option<()> {
+    /// Sends one reply, as often as it takes until its deadline, or until the broker has no room for it.
+    async fn send(&self, key: &OutboxKey) -> Tried {
         let unsent = || self.lock().find_unsent(key).cloned();
         while let Some(Kept {
             reply,
@@ -233,7 +244,7 @@ impl Outbox {
                 Ok(Err(error)) if error.kind() == ErrorKind::Overloaded => {
                     self.lock().refused(key);
                     self.sent.notify_waiters();
-                    return None;
+                    return Tried::Refused;
                 }
                 // It stays unsent, for whoever opens the store next.
                 Ok(Err(error)) if error.kind() == ErrorKind::Closed => std::future::pending().await,
@@ -249,7 +260,7 @@ impl Outbox {
             }
         }
         self.sent.notify_waiters();
-        Some(())
+        Tried::Done
     }
 
     /// Waits until all is sent but what there is no room for, or the broker is away.

@@ -77,9 +77,7 @@ impl Audiences {
 fn attend(shared: &Shared, key: &str, inbox: &ReplyAddress) -> Cmd {
     let mut command = scripts::ATTEND.on(&[key, shared.leases.sign_of_life()]);
     command.arg(inbox.as_str()).arg(millis(QUEUE_TTL));
-    command
-        .arg(millis(shared.config.lease))
-        .arg(shared.leases.sign());
+    command.arg(millis(shared.config.lease));
     command
 }
 

@@ -16,11 +16,9 @@ use crate::session::Session;
 use crate::settle_batch::leave;
 use crate::{QUEUE_TTL, error, scripts};
 
-/// What the sign of life says as long as it was never gone.
+/// What a renewal writes into the sign of life. If the next one finds anything else, the sign was gone, was made by another
+/// step, or an owner was fenced off.
 const STEADY: &str = "1";
-
-/// What it says when it was made again: until every session has asked for itself.
-const MADE_AGAIN: &str = "0";
 
 /// The sessions of this process, and its sign of life.
 #[derive(Debug)]
@@ -35,9 +33,9 @@ struct State {
     sessions: Vec<Entry>,
     /// When the renewal was asked for that was granted last.
     renewed: Option<Instant>,
-    /// The sign of life was gone, and not every session has asked since.
+    /// The sign of life may have been gone, and not every session has asked since.
     in_doubt: bool,
-    /// How often it was gone.
+    /// How often that was so.
     gone: u64,
     /// Whose turn it is to be seen to, of the sessions that hold nothing.
     turn: usize,
@@ -50,6 +48,8 @@ struct Entry {
     session: Arc<Session>,
     /// When it was registered, or later.
     since: Instant,
+    /// It may not be taken off the registry: that is tried in turn.
+    refused: bool,
 }
 
 /// What is asked for in one trip, beside the sign of life.
@@ -83,15 +83,7 @@ impl Leases {
         &self.sign_of_life
     }
 
-    /// What the sign of life is to say if a step finds that it is not there: before the first renewal it is new.
-    pub(crate) fn sign(&self) -> &'static str {
-        match self.lock().renewed {
-            None => STEADY,
-            Some(_) => MADE_AGAIN,
-        }
-    }
-
-    /// How often the sign of life was gone: then what others saw of this process may be forgotten.
+    /// How often the sign of life may have been gone: then what others saw of this process may be forgotten.
     pub(crate) fn gone(&self) -> u64 {
         self.lock().gone
     }
@@ -126,7 +118,11 @@ impl Leases {
         if state.closed {
             session.lease.cancel();
         }
-        state.sessions.push(Entry { session, since });
+        state.sessions.push(Entry {
+            session,
+            since,
+            refused: false,
+        });
     }
 
     /// The sessions that may be registered.
@@ -164,13 +160,15 @@ impl Leases {
             let asked = Instant::now();
             match self.renew(&mut connection, load, connector, &round, lease) {
                 Ok(answers) => {
-                    let in_doubt = self.lock().note(&round, answers, asked);
+                    let in_doubt = self.lock().note(&round, &answers, asked);
                     pause = if in_doubt { Duration::ZERO } else { lease / 3 };
                 }
                 Err(error) => {
                     tracing::debug!(%error, "leases cannot be renewed");
                     connection = None;
                     load = true;
+                    // A renewal whose answer is lost may have found that the sign was gone, and made it again.
+                    self.lock().doubt();
                     pause = Duration::from_millis(50)
                         + connection::random_part((lease / 10).min(Duration::from_millis(450)));
                 }
@@ -222,11 +220,16 @@ impl Leases {
         }
         let answers =
             open.req_packed_commands(&pipeline.get_packed_pipeline(), 0, pipeline.len())?;
-        match error::first_refusal(&answers) {
-            // The scripts may be gone: with a new connection they are loaded again.
-            Some(error) => Err(error.clone().into()),
-            None => Ok(answers),
+        // What is refused for a while is refused for all; if scripts are gone, they are loaded again with a new connection. What
+        // is refused for good, but for the sign of life, concerns one session: it must not cost the others their leases.
+        for (index, answer) in answers.iter().enumerate() {
+            if let Value::ServerError(error) = answer
+                && (index == 0 || !error::is_lasting(error))
+            {
+                return Err(error.clone().into());
+            }
         }
+        Ok(answers)
     }
 }
 
@@ -239,11 +242,14 @@ impl State {
             ..Round::default()
         };
         self.turn = (self.turn + 1) % self.sessions.len().max(1);
-        for (index, Entry { session, .. }) in self.sessions.iter().enumerate() {
+        for (index, entry) in self.sessions.iter().enumerate() {
+            let (session, in_turn) = (&entry.session, index == self.turn);
             if session.lease.is_cancelled() {
                 // Whoever let it go may have been unable to take it off the registry.
-                round.ended.push(Arc::clone(session));
-            } else if self.in_doubt || session.is_holding() || index == self.turn {
+                if !entry.refused || in_turn {
+                    round.ended.push(Arc::clone(session));
+                }
+            } else if self.in_doubt || session.is_holding() || in_turn {
                 round.beaten.push(Arc::clone(session));
             }
         }
@@ -251,30 +257,42 @@ impl State {
     }
 
     /// Takes the answers in; true if the sessions are in doubt.
-    fn note(&mut self, round: &Round, answers: Vec<Value>, asked: Instant) -> bool {
-        let mut answers = answers.into_iter();
+    fn note(&mut self, round: &Round, answers: &[Value], asked: Instant) -> bool {
+        let mut answers = answers.iter();
         self.renewed = Some(asked);
         if round.all {
             self.in_doubt = false;
         }
-        if answers.next() != Some(Value::BulkString(STEADY.into())) {
-            self.in_doubt = true;
-            self.gone += 1;
+        if answers.next() != Some(&Value::BulkString(STEADY.into())) {
+            self.doubt();
         }
         for (session, answer) in round.beaten.iter().zip(&mut answers) {
-            if answer != Value::Int(1) {
+            if *answer != Value::Int(1) {
                 session.lease.cancel();
             }
         }
-        for session in &round.ended {
-            session.leave();
+        for (session, answer) in round.ended.iter().zip(answers) {
+            if let Value::ServerError(_) = answer {
+                let mut entries = self.sessions.iter_mut();
+                if let Some(entry) = entries.find(|entry| Arc::ptr_eq(&entry.session, session)) {
+                    entry.refused = true;
+                }
+            } else {
+                session.leave();
+            }
         }
         self.in_doubt
     }
 
+    /// From here on every session has to ask for itself, once.
+    fn doubt(&mut self) {
+        self.in_doubt = true;
+        self.gone += 1;
+    }
+
     /// By now the broker may have given their work to others, whether we could ask or not.
     fn end_overdue(&self, lease: Duration) {
-        for Entry { session, since } in &self.sessions {
+        for Entry { session, since, .. } in &self.sessions {
             let renewed = self.renewed.map_or(*since, |renewed| renewed.max(*since));
             if renewed.elapsed() >= lease {
                 session.lease.cancel();

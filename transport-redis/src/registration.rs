@@ -33,8 +33,11 @@ impl Taker {
         let mut pipeline = Pipeline::new();
         pipeline.add_command(leave(session));
         let answers = self.shared.link.try_execute(&pipeline).await;
-        if !matches!(answers.as_deref(), Some([Value::Int(_)])) {
-            self.shared.leases.add(Arc::clone(session), Instant::now());
+        match answers.as_deref() {
+            Some([Value::Int(_)]) => {}
+            // Whoever may not even take it off could not put it on.
+            Some([Value::ServerError(error)]) if error::is_lasting(error) => {}
+            _ => self.shared.leases.add(Arc::clone(session), Instant::now()),
         }
     }
 
@@ -83,10 +86,7 @@ impl Taker {
                 .arg(&session.name)
                 .arg(mode)
                 .arg(follows.map_or("", |follows| &follows.name));
-            command
-                .arg(millis(QUEUE_TTL))
-                .arg(millis(config.lease))
-                .arg(leases.sign());
+            command.arg(millis(QUEUE_TTL)).arg(millis(config.lease));
             let mut pipeline = Pipeline::new();
             pipeline.cmd("TYPE").arg(&self.keys.queue);
             pipeline.add_command(command);

@@ -454,3 +454,80 @@ async fn an_owner_that_lives_keeps_its_number_and_a_dead_one_leaves_none() {
     })
     .await;
 }
+
+/// Many idle services of one server: they are seen to one at a time as long as nothing is the matter.
+async fn many(
+    server: &RedisTransport,
+    options: SubscribeOptions,
+) -> Vec<(
+    antiphon_core::ServiceName,
+    Box<dyn antiphon_core::transport::Subscription>,
+)> {
+    let mut all = Vec::new();
+    for _ in 0..30 {
+        let service = fresh_service();
+        let subscription = server.subscribe(&service, options).await.unwrap();
+        all.push((service, subscription));
+    }
+    all
+}
+
+#[tokio::test]
+async fn sessions_that_redis_lost_are_there_again_soon_whatever_the_sign_of_life_says() {
+    let Some(broker) = Broker::private(&[]).await else {
+        return;
+    };
+    let lease = Duration::from_secs(3);
+    let server = connect(&broker, lease).await;
+    let services = many(&server, SubscribeOptions::shared(1)).await;
+    let keys: Vec<_> = services
+        .iter()
+        .map(|(service, _)| format!("{{{service}}}:s"))
+        .collect();
+    let mut plain = broker.plain().await;
+    let sign = only_sign_of_life(&mut plain).await;
+    let mut hears = server.open_inbox().await.unwrap();
+    let all_are_back = async |plain: &mut redis::aio::MultiplexedConnection| {
+        let lost = Instant::now();
+        within("all are registered again", async {
+            while plain.exists::<_, usize>(&keys).await.unwrap() < keys.len() {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        })
+        .await;
+        assert!(lost.elapsed() < lease, "{:?}", lost.elapsed());
+    };
+    // Before it was ever renewed; an inbox that joins makes the sign of life again.
+    let _: () = redis::cmd("FLUSHALL")
+        .query_async(&mut plain)
+        .await
+        .unwrap();
+    hears.join(&services[0].0).await.unwrap();
+    all_are_back(&mut plain).await;
+    within("steady", async {
+        while plain
+            .get::<_, Option<String>>(&sign)
+            .await
+            .unwrap()
+            .as_deref()
+            != Some("1")
+        {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+    // As if a renewal had been executed whose answer was lost.
+    let mut lost = redis::pipe();
+    lost.atomic().cmd("FLUSHALL").ignore();
+    lost.cmd("SET").arg(&sign).arg("1").ignore();
+    lost.cmd("PEXPIRE").arg(&sign).arg(3000).ignore();
+    let _: () = lost.query_async(&mut plain).await.unwrap();
+    let _: usize = redis::cmd("CLIENT")
+        .arg("KILL")
+        .arg("TYPE")
+        .arg("normal")
+        .query_async(&mut plain)
+        .await
+        .unwrap();
+    all_are_back(&mut plain).await;
+}

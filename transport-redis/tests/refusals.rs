@@ -297,3 +297,60 @@ async fn a_client_that_connects_again_while_memory_is_full_gets_its_replies() {
         started.elapsed()
     );
 }
+
+/// The inboxes, bells and signs of life, whose names nobody knows in advance, and these services.
+fn only_keys_of(services: &[&antiphon_core::ServiceName]) -> redis::Cmd {
+    let mut command = redis::cmd("ACL");
+    command.arg("SETUSER").arg("default").arg("resetkeys");
+    command.arg("~{[0-9a-f]*}:*");
+    for service in services {
+        command.arg(format!("~{{{service}}}:*"));
+    }
+    command
+}
+
+#[tokio::test]
+async fn a_service_that_is_refused_costs_the_others_no_lease() {
+    let Some(broker) = Broker::private(&[]).await else {
+        return;
+    };
+    let mut config = broker.config();
+    config.lease = LEASE;
+    let (server, client) = (
+        RedisTransport::connect(config).await.unwrap(),
+        broker.connect().await,
+    );
+    let (good, spoilt, secret) = (fresh_service(), fresh_service(), fresh_service());
+    let options = SubscribeOptions::shared(1);
+    let mut subscription = server.subscribe(&good, options).await.unwrap();
+    let mut other = server.subscribe(&spoilt, options).await.unwrap();
+    let inbox = client.open_inbox().await.unwrap();
+    for (service, subscription) in [(&good, &mut subscription), (&spoilt, &mut other)] {
+        send(&client, service, request(&inbox.address(), BUDGET, "x"))
+            .await
+            .unwrap();
+        let first = delivery(&mut **subscription).await;
+        within("done", first.reply(None)).await.unwrap();
+    }
+    send(&client, &good, request(&inbox.address(), BUDGET, "held"))
+        .await
+        .unwrap();
+    let held = delivery(&mut *subscription).await;
+    let mut plain = broker.plain().await;
+    let _: () = only_keys_of(&[&good, &spoilt])
+        .query_async(&mut plain)
+        .await
+        .unwrap();
+    within("refused", server.subscribe(&secret, options))
+        .await
+        .unwrap_err();
+    let _: () = plain
+        .set(format!("{{{spoilt}}}:s"), "not a set")
+        .await
+        .unwrap();
+    tokio::select! {
+        () = held.lease.cancelled() => panic!("the lease is lost"),
+        () = tokio::time::sleep(4 * LEASE) => {}
+    }
+    within("reply", held.reply(None)).await.unwrap();
+}

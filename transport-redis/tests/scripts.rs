@@ -94,7 +94,7 @@ impl Model {
     async fn join(&mut self) {
         let name = uuid::Uuid::new_v4().simple().to_string();
         let keys = [self.key("s"), self.key("l"), self.key("x"), alive(&name)];
-        let arguments = [&name, "shared", "", "60000", "600000", "1"].map(str::to_owned);
+        let arguments = [&name, "shared", "", "60000", "600000"].map(str::to_owned);
         assert_eq!(self.script(JOIN, &keys, &arguments).await, Value::Int(0));
         self.sessions.push(Held {
             name,
@@ -106,7 +106,7 @@ impl Model {
 
     async fn ask(&mut self, name: &str, mode: &str, follows: &str) -> Value {
         let keys = [self.key("s"), self.key("l"), self.key("x"), alive(name)];
-        let arguments = [name, mode, follows, "60000", "600000", "0"].map(str::to_owned);
+        let arguments = [name, mode, follows, "60000", "600000"].map(str::to_owned);
         self.script(JOIN, &keys, &arguments).await
     }
 
@@ -488,7 +488,7 @@ async fn a_process_that_was_gone_is_told_when_it_signs_again() {
     assert_eq!(model.redis.get::<_, String>(&sign).await.unwrap(), "1");
     assert!(model.redis.pttl::<_, i64>(&sign).await.unwrap() > 1000);
     let audience = model.key("a");
-    let attend = ["{x}:i", "60000", "600000", "0"].map(str::to_owned);
+    let attend = ["{x}:i", "60000", "600000"].map(str::to_owned);
     let _: () = model.redis.del(&sign).await.unwrap();
     let answer = model
         .script(ATTEND, &[audience, sign.clone()], &attend)
@@ -516,7 +516,7 @@ async fn an_owner_that_asks_again_keeps_its_number() {
             }
             invocation.key(alive(name));
             invocation.arg(name).arg("exclusive").arg(follows);
-            invocation.arg(TTL).arg(600_000).arg("1");
+            invocation.arg(TTL).arg(600_000);
             invocation.invoke_async::<i64>(&mut redis).await.unwrap()
         }
     };

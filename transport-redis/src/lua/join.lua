@@ -2,8 +2,7 @@
 -- Registers a session. An owner is refused while others are registered, and others while an owner is. Sessions whose
 -- process is gone are not passed by: their work must be returned first, or their late completions would not be fenced.
 -- KEYS sessions, live, owner, sign of life of its process
--- ARGV session, shared | exclusive | take-over, session that this one follows or '', ttl of the registries, lease ms, what the sign says
---   if it was not there
+-- ARGV session, shared | exclusive | take-over, session that this one follows or '', ttl of the registries, lease ms
 -- Asked again by the same session, it changes nothing. One that takes over is an owner, and so that the present one is fenced
 -- off it has that one reclaimed, whether its process lives or not.
 -- Gives the fencing number (0 if shared), -1 if owned, or the sessions to reclaim before asking again
@@ -29,7 +28,8 @@ for _, other in ipairs(others) do
   end
 end
 if #over > 0 then return over end
-if redis.call('PEXPIRE', KEYS[4], ARGV[5]) == 0 then redis.call('SET', KEYS[4], ARGV[6], 'PX', ARGV[5]) end
+-- A sign that was not there says so, until its process has renewed it.
+if redis.call('PEXPIRE', KEYS[4], ARGV[5]) == 0 then redis.call('SET', KEYS[4], '0', 'PX', ARGV[5]) end
 local number = 0
 if again then
   number = tonumber(redis.call('HGET', KEYS[3], 'number')) or 0

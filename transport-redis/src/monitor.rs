@@ -13,7 +13,7 @@ use crate::QUEUE_TTL;
 use crate::completer::millis;
 use crate::connection::{Live, random_part};
 use crate::naming::{self, ServiceKeys};
-use crate::settle_batch::reclaim;
+use crate::settle_batch::{Reclaim, reclaim};
 use crate::transport::Shared;
 
 /// How many sessions of a service are looked at, at random: those that live all look, so that each one is looked at by about
@@ -201,7 +201,7 @@ async fn clear(live: &mut Live, found: HashMap<String, Vec<Found>>) -> Option<Du
     }
     let mut pipeline = Pipeline::new();
     for found in &over {
-        pipeline.add_command(reclaim(&found.keys, &found.session, false));
+        pipeline.add_command(reclaim(&found.keys, &found.session, Reclaim::IfGone));
     }
     for (found, answer) in over.iter().zip(live.execute(&pipeline).await.ok()?) {
         if let Value::Int(count @ 0..) = answer {

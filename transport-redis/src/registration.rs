@@ -1,22 +1,27 @@
 //! How the sessions of a subscription come on the registry of their service, and off it.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use antiphon_core::transport::SubscribeMode;
 use antiphon_core::{Error, ErrorKind};
 use redis::{Pipeline, Value};
+use tokio::time::sleep_until;
 
 use crate::completer::{End, Item, millis};
-use crate::connection::Backoff;
+use crate::connection::{self, Backoff};
 use crate::session::{Session, Token};
-use crate::settle_batch::{leave, reclaim};
+use crate::settle_batch::{Reclaim, leave, reclaim};
 use crate::taker::Taker;
 use crate::transport::Shared;
 use crate::{QUEUE_TTL, error, scripts};
 
 /// The most rounds of returning dead servers' work before an owner can be registered.
 const JOIN_ROUNDS: usize = 16;
+
+/// How long a registration may be on its way. What arrives later is refused: the session may be over by then, and nobody would
+/// take it off the registry.
+const JOIN_LIFE: Duration = Duration::from_secs(2);
 
 /// Why a session could not be registered.
 pub(crate) enum Refusal {
@@ -47,10 +52,10 @@ impl Taker {
         session: &Arc<Session>,
         follows: Option<&Session>,
     ) -> Result<(), Refusal> {
-        let mode = match self.options.mode {
-            SubscribeMode::Shared => "shared",
-            SubscribeMode::Exclusive => "exclusive",
-            SubscribeMode::TakeOver => "take-over",
+        let (exclusive, takes_over) = match self.options.mode {
+            SubscribeMode::Shared => (false, false),
+            SubscribeMode::Exclusive => (true, false),
+            SubscribeMode::TakeOver => (true, true),
             other => {
                 let message = format!("the mode {other:?} is not known to this transport");
                 return Err(Refusal::Final(Error::not_executed(
@@ -68,6 +73,8 @@ impl Taker {
         leases
             .keep(connector, config.lease)
             .map_err(Refusal::ForNow)?;
+        // The owner that is there at first: nobody who comes in between is fenced off.
+        let mut fenced_off: Option<String> = None;
         for _ in 0..JOIN_ROUNDS {
             let mut live = self
                 .shared
@@ -76,26 +83,14 @@ impl Taker {
                 .ready(&self.stopping)
                 .await
                 .ok_or_else(|| Refusal::Final(error::closed()))?;
-            let mut command = scripts::JOIN.on(&[
-                &self.keys.sessions,
-                &self.keys.live,
-                &self.keys.owner,
-                leases.sign_of_life(),
-            ]);
-            command
-                .arg(&session.name)
-                .arg(mode)
-                .arg(follows.map_or("", |follows| &follows.name));
-            command.arg(millis(QUEUE_TTL)).arg(millis(config.lease));
             let mut pipeline = Pipeline::new();
             pipeline.cmd("TYPE").arg(&self.keys.queue);
-            pipeline.add_command(command);
-            let asked = Instant::now();
-            // If it broke, nobody knows if the session was registered; asking again does no harm.
+            pipeline.cmd("HGET").arg(&self.keys.owner).arg("session");
+            pipeline.cmd("TIME");
             let Ok(answers) = live.execute(&pipeline).await else {
                 continue;
             };
-            let [kind, answer] = answers.as_slice() else {
+            let [kind, owner, time] = answers.as_slice() else {
                 continue;
             };
             if let Value::ServerError(error) = kind {
@@ -108,15 +103,52 @@ impl Taker {
                     message,
                 )));
             }
+            let Some(micros) = connection::time_of(time) else {
+                return Err(Refusal::ForNow(error::unexpected("TIME", time)));
+            };
+            if takes_over && fenced_off.is_none() {
+                fenced_off = Some(match owner {
+                    Value::BulkString(owner) => String::from_utf8_lossy(owner).into_owned(),
+                    _ => String::new(),
+                });
+            }
+            let fenced_off = fenced_off.as_deref().unwrap_or_default();
+            let mut command = scripts::JOIN.on(&[
+                &self.keys.sessions,
+                &self.keys.live,
+                &self.keys.owner,
+                leases.sign_of_life(),
+            ]);
+            command
+                .arg(&session.name)
+                .arg(if exclusive { "exclusive" } else { "shared" })
+                .arg(follows.map_or("", |follows| &follows.name))
+                .arg(fenced_off);
+            command.arg(millis(QUEUE_TTL)).arg(millis(config.lease));
+            command.arg(micros / 1000 + millis(JOIN_LIFE));
+            let mut pipeline = Pipeline::new();
+            pipeline.add_command(command);
+            let asked = Instant::now();
+            let answers = live.execute(&pipeline).await;
+            let Some(answer) = answers.ok().and_then(|mut answers| answers.pop()) else {
+                // Nobody knows if the session was registered; asking again does no harm. But it may still be on its way: until
+                // that is over the session can not be taken off the registry.
+                let over = sleep_until((asked + JOIN_LIFE).into());
+                self.stopping.run_until_cancelled(over).await;
+                continue;
+            };
             match answer {
                 Value::Int(0..) => {
                     leases.add(Arc::clone(session), asked);
                     return Ok(());
                 }
+                // It was too long on its way.
+                Value::Int(-2) => {}
                 Value::Int(_) => {
-                    let message = match self.options.mode {
-                        SubscribeMode::Shared => "the service has an exclusive owner",
-                        _ => "the service is served or owned by others",
+                    let message = if exclusive {
+                        "the service is served or owned by others"
+                    } else {
+                        "the service has an exclusive owner"
                     };
                     return Err(Refusal::Final(Error::not_executed(
                         ErrorKind::AlreadyOwned,
@@ -124,21 +156,22 @@ impl Taker {
                     )));
                 }
                 Value::Array(over) => {
-                    let at_once = self.options.mode == SubscribeMode::TakeOver;
                     let mut pipeline = Pipeline::new();
                     for name in over {
                         if let Value::BulkString(name) = name {
-                            pipeline.add_command(reclaim(
-                                &self.keys,
-                                &String::from_utf8_lossy(name),
-                                at_once,
-                            ));
+                            let name = String::from_utf8_lossy(&name);
+                            let when = if name == fenced_off {
+                                Reclaim::FencedOff
+                            } else {
+                                Reclaim::IfGone
+                            };
+                            pipeline.add_command(reclaim(&self.keys, &name, when));
                         }
                     }
                     // If it breaks, the next round finds out.
                     let _ = live.execute(&pipeline).await;
                 }
-                other => return Err(Refusal::ForNow(error::unexpected("JOIN", other))),
+                other => return Err(Refusal::ForNow(error::unexpected("JOIN", &other))),
             }
         }
         Err(Refusal::ForNow(Error::not_executed(

@@ -257,13 +257,24 @@ fn settle(item: &Item, full: &FullEnd, ttl: u64, config: &RedisConfig) -> Cmd {
     command
 }
 
-/// Ends a session, and returns what it may still hold with the attempt counted.
-pub(crate) fn leave(session: &Session) -> Cmd {
-    reclaim(&session.keys, &session.name, true)
+/// When a session is ended.
+#[derive(Clone, Copy)]
+pub(crate) enum Reclaim {
+    /// If its process is gone.
+    IfGone = 0,
+    /// At once, by its own process.
+    Own = 1,
+    /// At once, by another process, though its own may live; that one is told to see to its sessions.
+    FencedOff = 2,
 }
 
-/// Ends the session of that name if its process is gone, or if `at_once`.
-pub(crate) fn reclaim(keys: &ServiceKeys, name: &str, at_once: bool) -> Cmd {
+/// Ends a session of ours, and returns what it may still hold with the attempt counted.
+pub(crate) fn leave(session: &Session) -> Cmd {
+    reclaim(&session.keys, &session.name, Reclaim::Own)
+}
+
+/// Ends the session of that name, and returns what it held with the attempt counted.
+pub(crate) fn reclaim(keys: &ServiceKeys, name: &str, when: Reclaim) -> Cmd {
     let held = keys.held(name);
     let sign_of_life = naming::sign_of_life(naming::process_of(name));
     let keys = [
@@ -280,7 +291,7 @@ pub(crate) fn reclaim(keys: &ServiceKeys, name: &str, at_once: bool) -> Cmd {
     let mut command = scripts::RECLAIM.on(&keys);
     command
         .arg(name)
-        .arg(u8::from(at_once))
+        .arg(when as u8)
         .arg(millis(QUEUE_TTL))
         .arg(millis(OWNER_TTL));
     command

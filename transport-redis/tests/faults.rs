@@ -416,9 +416,10 @@ async fn the_work_of_a_dead_server_comes_back_after_its_lease() {
     join.arg(&dead)
         .arg("shared")
         .arg("")
+        .arg("")
         .arg(60_000)
         .arg(LEASE.as_millis() as u64)
-        .arg("1");
+        .arg(9_000_000_000_000_u64);
     let _: i64 = join.invoke_async(&mut plain).await.unwrap();
     let claim = Script::new(include_str!("../src/lua/claim.lua"));
     let mut claim = claim.prepare_invoke();

@@ -531,3 +531,44 @@ async fn sessions_that_redis_lost_are_there_again_soon_whatever_the_sign_of_life
         .unwrap();
     all_are_back(&mut plain).await;
 }
+
+#[tokio::test]
+async fn an_idle_owner_hears_within_a_third_of_its_lease_that_it_was_fenced_off() {
+    let Some(broker) = Broker::private(&[]).await else {
+        return;
+    };
+    let lease = Duration::from_secs(3);
+    let (server, newcomer) = (connect(&broker, lease).await, connect(&broker, lease).await);
+    let mut owned = many(&server, SubscribeOptions::exclusive(1)).await;
+    let mut plain = broker.plain().await;
+    let sign = only_sign_of_life(&mut plain).await;
+    within("steady", async {
+        while plain
+            .get::<_, Option<String>>(&sign)
+            .await
+            .unwrap()
+            .as_deref()
+            != Some("1")
+        {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+    let mut taken = Vec::new();
+    for (service, _) in owned.iter().take(10) {
+        let options = SubscribeOptions::take_over(1);
+        taken.push(
+            within("taken", newcomer.subscribe(service, options))
+                .await
+                .unwrap(),
+        );
+    }
+    let since = Instant::now();
+    for (_, subscription) in owned.iter_mut().take(10) {
+        let SubscriptionEvent::Closed(error) = within("the end", subscription.recv()).await else {
+            panic!("a delivery")
+        };
+        assert_eq!(error.kind(), ErrorKind::AlreadyOwned);
+    }
+    assert!(since.elapsed() < lease * 2 / 3, "{:?}", since.elapsed());
+}

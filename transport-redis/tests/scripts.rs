@@ -21,6 +21,9 @@ const ATTEND: &str = include_str!("../src/lua/attend.lua");
 
 const TTL: u64 = 60_000;
 
+/// Until when a session may be registered, ms.
+const NEVER_LATE: &str = "9000000000000";
+
 /// The key that shows that a session's process lives.
 fn alive(session: &str) -> String {
     let process = session.split('.').next().unwrap_or_default();
@@ -94,7 +97,7 @@ impl Model {
     async fn join(&mut self) {
         let name = uuid::Uuid::new_v4().simple().to_string();
         let keys = [self.key("s"), self.key("l"), self.key("x"), alive(&name)];
-        let arguments = [&name, "shared", "", "60000", "600000"].map(str::to_owned);
+        let arguments = [&name, "shared", "", "", "60000", "600000", NEVER_LATE].map(str::to_owned);
         assert_eq!(self.script(JOIN, &keys, &arguments).await, Value::Int(0));
         self.sessions.push(Held {
             name,
@@ -105,8 +108,21 @@ impl Model {
     }
 
     async fn ask(&mut self, name: &str, mode: &str, follows: &str) -> Value {
+        self.take_over(name, mode, follows, "").await
+    }
+
+    async fn take_over(
+        &mut self,
+        name: &str,
+        mode: &str,
+        follows: &str,
+        fenced_off: &str,
+    ) -> Value {
         let keys = [self.key("s"), self.key("l"), self.key("x"), alive(name)];
-        let arguments = [name, mode, follows, "60000", "600000"].map(str::to_owned);
+        let arguments = [
+            name, mode, follows, fenced_off, "60000", "600000", NEVER_LATE,
+        ]
+        .map(str::to_owned);
         self.script(JOIN, &keys, &arguments).await
     }
 
@@ -445,11 +461,19 @@ async fn an_owner_and_others_exclude_each_other() {
     assert_eq!(model.ask(&session("b"), "shared", "").await, Value::Int(-1));
     // One that takes over is told whom to fence off, though that one's process lives.
     let owner = Value::Array(vec![Value::BulkString(session("a").into_bytes())]);
-    assert_eq!(model.ask(&session("b"), "take-over", "").await, owner);
+    let taken_over = model
+        .take_over(&session("b"), "exclusive", "", &session("a"))
+        .await;
+    assert_eq!(taken_over, owner);
     // Its own successor is let in; the number grows.
     let successor = format!("{service}-a.2");
     let answer = model.ask(&successor, "exclusive", &session("a")).await;
     assert_eq!(answer, Value::Int(2));
+    // Who came in between is not the one to be fenced off.
+    let late = model
+        .take_over(&session("b"), "exclusive", "", &session("a"))
+        .await;
+    assert_eq!(late, Value::Int(-1));
     // One whose process is gone is not passed by: what it held must be returned first.
     let _: () = model.redis.del(alive(&successor)).await.unwrap();
     let over = Value::Array(vec![Value::BulkString(successor.clone().into_bytes())]);
@@ -459,9 +483,79 @@ async fn an_owner_and_others_exclude_each_other() {
     assert_eq!(model.script(RECLAIM, &keys, &end).await, Value::Int(0));
     assert_eq!(model.ask(&session("b"), "shared", "").await, Value::Int(0));
     assert_eq!(model.ask(&session("c"), "shared", "").await, Value::Int(0));
-    for mode in ["exclusive", "take-over"] {
-        assert_eq!(model.ask(&session("d"), mode, "").await, Value::Int(-1));
+    for fenced_off in ["", &session("b")] {
+        let answer = model
+            .take_over(&session("d"), "exclusive", "", fenced_off)
+            .await;
+        assert_eq!(answer, Value::Int(-1));
     }
+}
+
+#[tokio::test]
+async fn a_registration_that_comes_late_is_refused() {
+    let Some(broker) = Broker::any().await else {
+        return;
+    };
+    let tag = format!("{{{}}}", fresh_service());
+    let redis = broker.plain().await;
+    let mut model = Model {
+        redis,
+        tag,
+        sessions: Vec::new(),
+        pushed: 0,
+        random: Random(1),
+    };
+    let name = format!("{}.1", fresh_service());
+    let (seconds, micros): (u64, u64) = redis::cmd("TIME")
+        .query_async(&mut model.redis)
+        .await
+        .unwrap();
+    let now = seconds * 1000 + micros / 1000;
+    let keys = [model.key("s"), model.key("l"), model.key("x"), alive(&name)];
+    for (until, expected) in [(now - 1, -2), (now + 60_000, 1)] {
+        let until = until.to_string();
+        let arguments = [&name, "exclusive", "", "", "60000", "600000", &until].map(str::to_owned);
+        let answer = model.script(JOIN, &keys, &arguments).await;
+        assert_eq!(answer, Value::Int(expected));
+        let there: usize = model.redis.exists(&keys[..]).await.unwrap();
+        assert_eq!(there, if expected < 0 { 0 } else { keys.len() });
+    }
+}
+
+#[tokio::test]
+async fn a_process_whose_session_is_fenced_off_is_told() {
+    let Some(broker) = Broker::any().await else {
+        return;
+    };
+    let tag = format!("{{{}}}", fresh_service());
+    let redis = broker.plain().await;
+    let mut model = Model {
+        redis,
+        tag,
+        sessions: Vec::new(),
+        pushed: 0,
+        random: Random(1),
+    };
+    let process = fresh_service();
+    for (index, (how, told)) in [("1", false), ("2", true)].into_iter().enumerate() {
+        let name = format!("{process}.{index}");
+        assert_eq!(model.ask(&name, "shared", "").await, Value::Int(0));
+        let _: () = model.redis.set_ex(alive(&name), "1", 60).await.unwrap();
+        let keys = model.end_keys(&name);
+        let end = [&name, how, "60000", "60000"].map(str::to_owned);
+        assert_eq!(model.script(RECLAIM, &keys, &end).await, Value::Int(0));
+        let sign: String = model.redis.get(alive(&name)).await.unwrap();
+        assert_eq!(sign == "0", told);
+        assert!(model.redis.pttl::<_, i64>(alive(&name)).await.unwrap() > 0);
+    }
+    // One that is gone does not come back by it.
+    let name = format!("{process}.7");
+    assert_eq!(model.ask(&name, "shared", "").await, Value::Int(0));
+    let _: () = model.redis.del(alive(&name)).await.unwrap();
+    let keys = model.end_keys(&name);
+    let end = [&name, "2", "60000", "60000"].map(str::to_owned);
+    assert_eq!(model.script(RECLAIM, &keys, &end).await, Value::Int(0));
+    assert!(!model.redis.exists::<_, bool>(alive(&name)).await.unwrap());
 }
 
 #[tokio::test]
@@ -515,8 +609,8 @@ async fn an_owner_that_asks_again_keeps_its_number() {
                 invocation.key(format!("{{{service}}}:{suffix}"));
             }
             invocation.key(alive(name));
-            invocation.arg(name).arg("exclusive").arg(follows);
-            invocation.arg(TTL).arg(600_000);
+            invocation.arg(name).arg("exclusive").arg(follows).arg("");
+            invocation.arg(TTL).arg(600_000).arg(NEVER_LATE);
             invocation.invoke_async::<i64>(&mut redis).await.unwrap()
         }
     };

@@ -1,10 +1,12 @@
 #!lua flags=allow-oom
--- Ends a session whose process is gone, or that asks for it, and returns what it held with the attempt counted.
+-- Ends a session whose process is gone, that asks for it, or that is fenced off, and returns what it held with the attempt counted.
 -- KEYS sessions, live, holding, owner, held, returned, bell, sign of life of its process
--- ARGV session, 1 to end it whether its process lives or not, ttl of returned work, ttl of the fencing number
+-- ARGV session, 0 to end it if its process is gone, 1 if that asks for it, 2 to fence it off though that may live, ttl of returned work, ttl of the fencing number
 -- Gives how many requests were returned, or -1 if the session is alive or gone
 if redis.call('SISMEMBER', KEYS[1], ARGV[1]) == 0 then return -1 end
-if ARGV[2] ~= '1' and redis.call('EXISTS', KEYS[8]) == 1 then return -1 end
+if ARGV[2] == '0' and redis.call('EXISTS', KEYS[8]) == 1 then return -1 end
+-- One that lives sees to all its sessions at its next renewal, or an idle one would believe in itself for long.
+if ARGV[2] == '2' then redis.call('SET', KEYS[8], '0', 'XX', 'KEEPTTL') end
 local entries, work = redis.call('HGETALL', KEYS[5]), {}
 for index = 1, #entries, 2 do
   local token, attempt = string.match(entries[index], '^(%d+)%.?(%d*)$')

@@ -9,6 +9,7 @@ use redis::{AsyncCommands, Script, Value};
 
 use support::{Broker, fresh_service};
 
+const BEAT: &str = include_str!("../src/lua/beat.lua");
 const CLAIM: &str = include_str!("../src/lua/claim.lua");
 const DONE: &str = include_str!("../src/lua/done.lua");
 const DONE_ALL: &str = include_str!("../src/lua/done_all.lua");
@@ -631,4 +632,45 @@ async fn an_owner_that_asks_again_keeps_its_number() {
         )
         .await
         .unwrap();
+}
+
+#[tokio::test]
+async fn who_holds_work_is_known_for_it_again_after_the_next_renewal() {
+    let Some(broker) = Broker::any().await else {
+        return;
+    };
+    let tag = format!("{{{}}}", fresh_service());
+    let redis = broker.plain().await;
+    let mut model = Model {
+        redis,
+        tag,
+        sessions: Vec::new(),
+        pushed: 0,
+        random: Random(1),
+    };
+    model.join().await;
+    let name = model.sessions[0].name.clone();
+    let holding = model.key("h");
+    let held = model.key(&format!("p:{name}"));
+    let keys = [
+        model.key("s"),
+        model.key("l"),
+        holding.clone(),
+        held.clone(),
+        model.key("x"),
+    ];
+    let arguments = [name, TTL.to_string()];
+    let beat = async |model: &mut Model| {
+        assert_eq!(model.script(BEAT, &keys, &arguments).await, Value::Int(1));
+        model.redis.scard::<_, usize>(&holding).await.unwrap()
+    };
+    assert_eq!(beat(&mut model).await, 0);
+    model.push().await;
+    model.claim(0).await;
+    // A failover lost it, or part of it.
+    let _: () = model.redis.del(&holding).await.unwrap();
+    assert!(model.redis.exists::<_, bool>(&held).await.unwrap());
+    assert_eq!(beat(&mut model).await, 1);
+    assert!(model.redis.pttl::<_, i64>(&holding).await.unwrap() > 0);
+    model.check().await;
 }

@@ -25,6 +25,9 @@ const WAIT: Duration = Duration::from_secs(2);
 /// A socket that takes longer to answer is given up.
 const ANSWER: Duration = Duration::from_secs(4);
 
+/// For how long a bell that cannot be waited for is left out.
+const LEFT_OUT: Duration = Duration::from_secs(30);
+
 /// The waiting subscriptions of a transport.
 #[derive(Debug, Default)]
 pub(crate) struct Lobby {
@@ -144,8 +147,11 @@ pub(crate) async fn run(shared: Arc<Shared>) {
             while shared.lobby.is_empty() {
                 shared.lobby.changed.notified().await;
             }
-            let opening = shared.connector.open_patiently(ANSWER, &shared.ending);
-            let Some(live) = opening.await else { return };
+            let opened = tokio::select! {
+                opened = shared.connector.open_patiently(ANSWER, &shared.ending) => opened,
+                () = look_meanwhile(&shared) => None,
+            };
+            let Some(live) = opened else { return };
             let since = Instant::now();
             if let Err(error) = wait(&shared, live, ghost_until).await {
                 tracing::debug!(%error, "bells are waited for again");
@@ -161,12 +167,25 @@ pub(crate) async fn run(shared: Arc<Shared>) {
     shared.ending.run_until_cancelled(waiting).await;
 }
 
+/// Looks for work as long as there is no connection to wait on: Redis may take no more of them.
+async fn look_meanwhile(shared: &Shared) {
+    loop {
+        sleep(WAIT).await;
+        if let Some(mut live) = shared.link.now() {
+            let services = shared.lobby.waiting();
+            if let Err(error) = wake_who_has_work(&shared.lobby, &mut live, &services).await {
+                tracing::debug!(%error, "work is looked for again");
+            }
+        }
+    }
+}
+
 /// Waits on this connection; fails when it does.
 async fn wait(shared: &Shared, mut live: Live, ghost_until: Instant) -> RedisResult<()> {
     let lobby = &shared.lobby;
-    let own = shared.process.bell();
     // An answer may have been lost with the connection before.
-    let mut look = true;
+    let mut look_at = Instant::now();
+    let mut left_out = LeftOut::default();
     loop {
         let bells = lobby.waiting();
         let for_others = mem::take(&mut lobby.lock().for_others);
@@ -176,38 +195,110 @@ async fn wait(shared: &Shared, mut live: Live, ghost_until: Instant) -> RedisRes
                 () = live.broken.cancelled() => return Ok(()),
             }
         }
-        if mem::take(&mut look) {
-            wake_who_has_work(lobby, &mut live, &bells).await?;
-        }
-        let mut pipeline = Pipeline::new();
-        for bell in &for_others {
-            pipeline.add_command(ring(bell, QUEUE_TTL));
-        }
-        let block = if Instant::now() < ghost_until {
-            WAIT / 4
-        } else {
-            WAIT
-        };
-        let wait = pipeline.cmd("BZPOPMIN").arg(&own);
-        for keys in &bells {
-            wait.arg(&keys.bell);
-        }
-        wait.arg(block.as_secs_f64());
-        let answers = answers(shared, &mut live, &pipeline, &bells).await?;
-        if let Some(error) = error::first_refusal(&answers) {
-            return Err(error.clone().into());
-        }
-        match answers.last() {
-            Some(Value::Array(popped)) => {
-                if let Some(Value::BulkString(bell)) = popped.first()
-                    && bell != own.as_bytes()
-                {
-                    lobby.ring(&String::from_utf8_lossy(bell));
-                }
+        let now = Instant::now();
+        let block = if now < ghost_until { WAIT / 4 } else { WAIT };
+        let look = now >= look_at;
+        let waited = async {
+            if look {
+                wake_who_has_work(lobby, &mut live, &bells).await?;
             }
+            wait_once(shared, &mut live, &bells, &for_others, &mut left_out, block).await
+        };
+        let waited = waited.await;
+        match waited {
+            // Those who are rung for all the time must not keep the others from being looked after.
+            Ok(true) if look => look_at = now + WAIT,
+            Ok(true) => {}
             // Nobody rang, which is no proof that there is nothing.
-            _ => look = true,
+            Ok(false) => look_at = Instant::now(),
+            Err(error) => {
+                // Perhaps they were not rung.
+                lobby.lock().for_others.extend(for_others);
+                return Err(error);
+            }
         }
+    }
+}
+
+/// Rings for others, and waits once. True if there was a ring.
+async fn wait_once(
+    shared: &Shared,
+    live: &mut Live,
+    bells: &[Arc<ServiceKeys>],
+    for_others: &[String],
+    left_out: &mut LeftOut,
+    block: Duration,
+) -> RedisResult<bool> {
+    let own = shared.process.bell();
+    let mut pipeline = Pipeline::new();
+    for bell in for_others {
+        pipeline.add_command(ring(bell, QUEUE_TTL));
+    }
+    let wait = pipeline.cmd("BZPOPMIN").arg(&own);
+    for keys in bells.iter().filter(|keys| !left_out.contains(&keys.bell)) {
+        wait.arg(&keys.bell);
+    }
+    wait.arg(block.as_secs_f64());
+    let mut answers = answers(shared, live, &pipeline, bells).await?;
+    let popped = answers.pop();
+    // A bell of others that is refused for good is theirs to see to.
+    let refused =
+        |answer: &&Value| matches!(answer, Value::ServerError(error) if !error::is_lasting(error));
+    if let Some(Value::ServerError(error)) = answers.iter().find(refused) {
+        return Err(error.clone().into());
+    }
+    match popped {
+        Some(Value::Array(popped)) => {
+            if let Some(Value::BulkString(bell)) = popped.first()
+                && *bell != own.as_bytes()
+            {
+                shared.lobby.ring(&String::from_utf8_lossy(bell));
+            }
+            Ok(true)
+        }
+        Some(Value::ServerError(error)) => {
+            if error::is_lasting(&error) && left_out.find(live, bells).await? {
+                return Ok(true);
+            }
+            Err(error.into())
+        }
+        _ => Ok(false),
+    }
+}
+
+/// Bells that cannot be waited for, because of their kind or of our rights. One of them would spoil the wait for all; without
+/// it its service is looked at from time to time.
+#[derive(Default)]
+struct LeftOut {
+    bells: Vec<String>,
+    until: Option<Instant>,
+}
+
+impl LeftOut {
+    fn contains(&mut self, bell: &str) -> bool {
+        if self.until.is_some_and(|until| Instant::now() >= until) {
+            *self = Self::default();
+        }
+        self.bells.iter().any(|left_out| left_out == bell)
+    }
+
+    /// Asks for each one by itself. True if there are some that were waited for.
+    async fn find(&mut self, live: &mut Live, bells: &[Arc<ServiceKeys>]) -> RedisResult<bool> {
+        let before = self.bells.len();
+        let mut pipeline = Pipeline::new();
+        for keys in bells {
+            pipeline.cmd("TYPE").arg(&keys.bell);
+        }
+        for (keys, answer) in bells.iter().zip(live.execute(&pipeline).await?) {
+            let can_ring =
+                matches!(answer, Value::SimpleString(kind) if kind == "zset" || kind == "none");
+            if !can_ring && !self.bells.contains(&keys.bell) {
+                tracing::warn!(bell = keys.bell, "a bell cannot be waited for");
+                self.bells.push(keys.bell.clone());
+            }
+        }
+        self.until = Some(Instant::now() + LEFT_OUT);
+        Ok(self.bells.len() > before)
     }
 }
 
@@ -263,7 +354,7 @@ async fn wake_who_has_work(
         return Ok(());
     }
     for (keys, answer) in services.iter().zip(live.execute(&each).await?) {
-        if answer != Value::Int(0) {
+        if matches!(answer, Value::Int(1..)) {
             lobby.ring(&keys.bell);
         }
     }

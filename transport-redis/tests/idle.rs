@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use antiphon_core::Transport;
 use antiphon_core::transport::{Inbox, SubscribeOptions, Subscription, SubscriptionEvent};
+use redis::AsyncCommands;
 use redis::aio::MultiplexedConnection;
 
 use support::{Broker, deliveries, fresh_service, request, send, within};
@@ -136,4 +137,39 @@ async fn work_is_never_rung_for_in_vain() {
         }
         assert!(matches!(ending.recv().await, SubscriptionEvent::Closed(_)));
     }
+}
+
+/// Others may be rung for all the time: what nobody told of is found as soon.
+#[tokio::test]
+async fn work_of_which_nobody_told_is_found_while_others_are_rung_for() {
+    let Some(broker) = Broker::private(&[]).await else {
+        return;
+    };
+    let server = broker.connect().await;
+    let (loud, silent) = (fresh_service(), fresh_service());
+    let options = SubscribeOptions::shared(1);
+    let _loud = server.subscribe(&loud, options).await.unwrap();
+    let mut subscription = server.subscribe(&silent, options).await.unwrap();
+    let (mut plain, mut other) = (broker.plain().await, broker.plain().await);
+    let ringing = tokio::spawn(async move {
+        loop {
+            let bell = format!("{{{loud}}}:bell");
+            let _: () = other.zadd(bell, "1", 0).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    });
+    // Past the first look.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let since = std::time::Instant::now();
+    let queue = format!("{{{silent}}}:q");
+    let _: () = plain.rpush(queue, "{\"id\":\"7\"}\nx").await.unwrap();
+    for delivery in deliveries(&mut *subscription).await {
+        within("done", delivery.reply(None)).await.unwrap();
+    }
+    assert!(
+        since.elapsed() < Duration::from_secs(4),
+        "{:?}",
+        since.elapsed()
+    );
+    ringing.abort();
 }

@@ -354,3 +354,59 @@ async fn a_service_that_is_refused_costs_the_others_no_lease() {
     }
     within("reply", held.reply(None)).await.unwrap();
 }
+
+/// How often waiting for bells was refused.
+async fn refused_waits(plain: &mut MultiplexedConnection) -> u64 {
+    let info: String = redis::cmd("INFO")
+        .arg("commandstats")
+        .query_async(plain)
+        .await
+        .unwrap();
+    let line = info
+        .lines()
+        .find_map(|line| line.strip_prefix("cmdstat_bzpopmin:"));
+    let counts = line.unwrap().trim().split(',').filter_map(|part| {
+        let (name, count) = part.split_once('=')?;
+        matches!(name, "rejected_calls" | "failed_calls").then(|| count.parse::<u64>().unwrap())
+    });
+    counts.sum()
+}
+
+#[tokio::test]
+async fn a_bell_that_is_none_costs_the_others_nothing() {
+    let Some(broker) = Broker::private(&[]).await else {
+        return;
+    };
+    let (server, client) = (broker.connect().await, broker.connect().await);
+    let (good, spoilt, secret) = (fresh_service(), fresh_service(), fresh_service());
+    let options = SubscribeOptions::shared(1);
+    let mut subscription = server.subscribe(&good, options).await.unwrap();
+    let mut other = server.subscribe(&spoilt, options).await.unwrap();
+    let _third = server.subscribe(&secret, options).await.unwrap();
+    let inbox = client.open_inbox().await.unwrap();
+    let mut plain = broker.plain().await;
+    let _: () = plain
+        .set(format!("{{{spoilt}}}:bell"), "not a bell")
+        .await
+        .unwrap();
+    let _: () = only_keys_of(&[&good, &spoilt])
+        .query_async(&mut plain)
+        .await
+        .unwrap();
+    // By now it has been found out.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let before = refused_waits(&mut plain).await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let refused = refused_waits(&mut plain).await - before;
+    assert_eq!(refused, 0, "in three seconds");
+    send(&client, &good, request(&inbox.address(), BUDGET, "x"))
+        .await
+        .unwrap();
+    let next = delivery(&mut *subscription).await;
+    within("done", next.reply(None)).await.unwrap();
+    // It is served, if not at once.
+    let queue = format!("{{{spoilt}}}:q");
+    let _: () = plain.rpush(queue, "{\"id\":\"7\"}\nx").await.unwrap();
+    let next = delivery(&mut *other).await;
+    within("done", next.reply(None)).await.unwrap();
+}

@@ -1,15 +1,18 @@
 //! Takes work for a subscription: from the lobby while there is little, on a connection of its own while there is much.
 
+use std::future::pending;
 use std::mem;
 use std::sync::Arc;
 use std::time::Duration;
 
 use antiphon_core::transport::{SubscribeMode, SubscribeOptions};
 use antiphon_core::{Error, Executed};
+use futures_util::FutureExt;
 use redis::{Pipeline, RedisResult, Value};
 use tokio::task::yield_now;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::claim::{self, Claimed};
 use crate::completer::millis;
@@ -48,13 +51,42 @@ pub(crate) struct Taker {
 
 /// Why taking ended, in one place or altogether.
 enum Exit {
-    /// There is enough work for a connection of its own.
-    Busy,
+    /// There is enough work for this connection of its own.
+    Busy(Live),
     /// There is too little for one.
     Idle,
     Stopped,
     Lost,
     Broken,
+}
+
+/// A connection that is being made beside all else, until this is dropped.
+#[derive(Default)]
+struct Opening(Option<AbortOnDropHandle<Option<Live>>>);
+
+impl Opening {
+    /// Begins, unless it has begun.
+    fn begin(&mut self, shared: &Arc<Shared>, stopping: &CancellationToken) {
+        let (shared, stopping) = (Arc::clone(shared), stopping.clone());
+        self.0.get_or_insert_with(|| {
+            AbortOnDropHandle::new(tokio::spawn(async move {
+                let answer = BLOCK + Duration::from_secs(2);
+                shared.connector.open_patiently(answer, &stopping).await
+            }))
+        });
+    }
+
+    /// The connection, once it is there; never, if it was not begun.
+    async fn opened(&mut self) -> Live {
+        if let Some(opening) = &mut self.0
+            && let Ok(Some(live)) = opening.await
+        {
+            return live;
+        }
+        // Stopped.
+        self.0 = None;
+        pending().await
+    }
 }
 
 impl Taker {
@@ -159,15 +191,10 @@ impl Taker {
     /// Takes under the present session, here or there, as much as there are free slots.
     async fn serve(&mut self, ghost_until: &mut Instant) -> Exit {
         let mut isolation = Isolation::new(self.shared.config.lease);
-        let answer = BLOCK + Duration::from_secs(2);
         loop {
-            match self.take_from_lobby(&mut isolation).await {
-                Exit::Busy => {}
+            let live = match self.take_from_lobby(&mut isolation).await {
+                Exit::Busy(live) => live,
                 exit => return exit,
-            }
-            let opening = self.shared.connector.open_patiently(answer, &self.stopping);
-            let Some(live) = opening.await else {
-                return Exit::Stopped;
             };
             match self.take(live, &mut isolation, *ghost_until).await {
                 Exit::Idle => {}
@@ -180,13 +207,18 @@ impl Taker {
         }
     }
 
-    /// Takes on the shared connection, when the lobby tells that there is something.
+    /// Takes on the shared connection, when the lobby tells that there is something; if there is much, until it has a connection
+    /// of its own. Redis may take no more of them for a while.
     async fn take_from_lobby(&mut self, isolation: &mut Isolation) -> Exit {
+        let mut opening = Opening::default();
         let mut wait = false;
         let mut seat = None;
         let mut took = None;
         let mut calm = Instant::now() + BLOCK;
         loop {
+            if let Some(live) = opening.opened().now_or_never() {
+                return Exit::Busy(live);
+            }
             let session = Arc::clone(&self.session);
             let held = self.slots.held();
             let (count, suspects) = match isolation.plan(
@@ -200,6 +232,7 @@ impl Taker {
                     tokio::select! {
                         () = self.slots.freed.notified() => {}
                         () = sleep_until(until.unwrap_or_else(Instant::now)), if until.is_some() => {}
+                        live = opening.opened() => return Exit::Busy(live),
                         () = self.stopping.cancelled() => return Exit::Stopped,
                         () = session.lease.cancelled() => return Exit::Lost,
                     }
@@ -210,9 +243,11 @@ impl Taker {
                 let seat = seat.get_or_insert_with(|| Seat::new(&self.shared, &self.keys));
                 tokio::select! {
                     () = seat.rung() => {}
+                    live = opening.opened() => return Exit::Busy(live),
                     // There may be something else to claim then.
                     () = self.slots.freed.notified() => continue,
                     () = sleep_until(calm), if self.known && held == 0 => {
+                        opening = Opening::default();
                         match self.rest(&session).await {
                             Some(exit) => return exit,
                             None => continue,
@@ -239,7 +274,7 @@ impl Taker {
                 let now = Instant::now();
                 let again = took.replace(now).is_some_and(|took| now < took + BUSY);
                 if again || claimed.fresh_left {
-                    return Exit::Busy;
+                    opening.begin(&self.shared, &self.stopping);
                 }
                 calm = now + BLOCK;
             }

@@ -355,6 +355,70 @@ async fn a_service_that_is_refused_costs_the_others_no_lease() {
     within("reply", held.reply(None)).await.unwrap();
 }
 
+/// How many clients Redis has, with the ids of those that wait for a bell.
+async fn clients(plain: &mut MultiplexedConnection) -> (usize, Vec<String>) {
+    let list: String = redis::cmd("CLIENT")
+        .arg("LIST")
+        .query_async(plain)
+        .await
+        .unwrap();
+    let waiting = list.lines().filter(|line| line.contains("cmd=bzpopmin"));
+    let id = |line: &str| Some(line.strip_prefix("id=")?.split_once(' ')?.0.to_owned());
+    (list.lines().count(), waiting.filter_map(id).collect())
+}
+
+#[tokio::test]
+async fn a_server_that_gets_no_more_connections_serves_on_those_it_has() {
+    let Some(broker) = Broker::private(&[]).await else {
+        return;
+    };
+    let (server, client) = (broker.connect().await, broker.connect().await);
+    let (service, quiet) = (fresh_service(), fresh_service());
+    let options = SubscribeOptions::shared(1);
+    let mut subscription = server.subscribe(&service, options).await.unwrap();
+    let mut idle = server.subscribe(&quiet, options).await.unwrap();
+    let mut plain = broker.plain().await;
+    within("the lobby waits", async {
+        while clients(&mut plain).await.1.len() != 1 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+    let inbox = client.open_inbox().await.unwrap();
+    let (_, lobby) = clients(&mut plain).await;
+    // Nobody else gets in.
+    configure(&mut plain, "maxclients", "1").await;
+    let started = Instant::now();
+    for _ in 0..20 {
+        send(&client, &service, request(&inbox.address(), BUDGET, "x"))
+            .await
+            .unwrap();
+        let next = delivery(&mut *subscription).await;
+        within("done", next.reply(None)).await.unwrap();
+    }
+    assert!(
+        started.elapsed() < Duration::from_secs(2),
+        "{:?}",
+        started.elapsed()
+    );
+    // Not even the one for all.
+    let _: usize = redis::cmd("CLIENT")
+        .arg("KILL")
+        .arg("ID")
+        .arg(&lobby[0])
+        .query_async(&mut plain)
+        .await
+        .unwrap();
+    for (service, subscription) in [(&quiet, &mut idle), (&service, &mut subscription)] {
+        send(&client, service, request(&inbox.address(), BUDGET, "x"))
+            .await
+            .unwrap();
+        let next = delivery(&mut **subscription).await;
+        within("done", next.reply(None)).await.unwrap();
+    }
+    configure(&mut plain, "maxclients", "1000").await;
+}
+
 /// How often waiting for bells was refused.
 async fn refused_waits(plain: &mut MultiplexedConnection) -> u64 {
     let info: String = redis::cmd("INFO")

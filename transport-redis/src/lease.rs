@@ -112,6 +112,11 @@ impl Leases {
         Ok(())
     }
 
+    /// The sign of life is renewed, or was.
+    pub(crate) fn are_kept(&self) -> bool {
+        self.lock().running
+    }
+
     /// This session was registered; `since` is when that was asked for. It is seen to until it has left.
     pub(crate) fn add(&self, session: Arc<Session>, since: Instant) {
         let mut state = self.lock();

@@ -160,11 +160,16 @@ async fn end(
     for session in leases.0.sessions() {
         pipeline.add_command(settle_batch::leave(&session));
     }
-    // Last: what could not be taken off the registries is taken for dead from now on.
-    let last_signs = [shared.process.sign_of_life(), shared.process.bell()];
-    pipeline.cmd("UNLINK").arg(&last_signs);
+    // Last: what could not be taken off the registries is taken for dead from now on. One that only calls never showed that
+    // it lives, and may have no right to.
+    if leases.0.are_kept() {
+        let last_signs = [shared.process.sign_of_life(), shared.process.bell()];
+        pipeline.cmd("UNLINK").arg(&last_signs);
+    }
     drop(leases);
-    let _ = timeout(CLOSE_STEP, shared.link.try_execute(&pipeline)).await;
+    if !pipeline.is_empty() {
+        let _ = timeout(CLOSE_STEP, shared.link.try_execute(&pipeline)).await;
+    }
     shared.ended.cancel();
 }
 

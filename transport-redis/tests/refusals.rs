@@ -474,3 +474,129 @@ async fn a_bell_that_is_none_costs_the_others_nothing() {
     let next = delivery(&mut *other).await;
     within("done", next.reply(None)).await.unwrap();
 }
+
+/// The rights in docs/operations.md, of a client and of a server: lines of keys and of commands.
+fn rights(of: &str) -> Vec<String> {
+    let text = include_str!("../../docs/operations.md");
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix(&format!("ACL SETUSER {of} on >PASSWORD ")));
+    let rules = line.unwrap().split_whitespace();
+    rules.map(str::to_owned).collect()
+}
+
+#[tokio::test]
+async fn users_with_the_documented_rights_can_call_and_serve() {
+    let Some(broker) = Broker::private(&[]).await else {
+        return;
+    };
+    let mut plain = broker.plain().await;
+    let service = fresh_service();
+    let connect = async |name: &str, plain: &mut MultiplexedConnection| {
+        let mut user = redis::cmd("ACL");
+        user.arg("SETUSER").arg(name).arg("on").arg(">secret");
+        for rule in rights(name) {
+            user.arg(rule.replace("SERVICE", service.as_str()));
+        }
+        let _: () = user.query_async(plain).await.unwrap();
+        let url = broker
+            .url
+            .replace("redis://", &format!("redis://{name}:secret@"));
+        let mut config = antiphon_redis::RedisConfig::from_url(&url).unwrap();
+        config.lease = LEASE;
+        config.inline_body = 100;
+        RedisTransport::connect(config).await.unwrap()
+    };
+    let client = connect("client", &mut plain).await;
+    let server = connect("server", &mut plain).await;
+    let mut hears = server.open_inbox().await.unwrap();
+    hears.join(&service).await.unwrap();
+    // Left by one that is gone.
+    let key = |suffix: &str| format!("{{{service}}}:{suffix}");
+    let gone = "gone.1";
+    for registry in ["s", "l", "h"] {
+        let _: () = plain.sadd(key(registry), gone).await.unwrap();
+    }
+    let left = "{\"id\":\"7\"}\nleft";
+    let _: () = plain
+        .hset(key(&format!("p:{gone}")), "1", left)
+        .await
+        .unwrap();
+    let mut subscription = server
+        .subscribe(&service, SubscribeOptions::shared(1))
+        .await
+        .unwrap();
+    let back = delivery(&mut *subscription).await;
+    assert_eq!(back.attempt, 2);
+    within("done", back.reply(None)).await.unwrap();
+    let mut inbox = client.open_inbox().await.unwrap();
+    let address = inbox.address();
+    let ask = async |body: &str| {
+        let asked = request(&address, BUDGET, body.to_owned());
+        let (id, ticket) = (asked.id.clone(), antiphon_core::Ticket::new());
+        let message = antiphon_core::transport::Outbound::Request {
+            service: service.clone(),
+            request: asked.into(),
+            expect_responder: true,
+            ticket,
+        };
+        within("send", client.send(message)).await.unwrap();
+        id
+    };
+    let large = "x".repeat(1000);
+    ask(&large).await;
+    let asked = delivery(&mut *subscription).await;
+    let answer = Reply::value(asked.request.id.clone(), large.clone());
+    // Taken back while another one is in hand.
+    let id = ask(&large).await;
+    let taken_back = within("withdraw", client.withdraw(&service, &id)).await;
+    assert!(taken_back.unwrap());
+    within("reply", asked.reply(Some(answer))).await.unwrap();
+    assert_eq!(reply(&mut *inbox).await.body.len(), 1000);
+    ask("dead").await;
+    let asked = delivery(&mut *subscription).await;
+    let fault = Reply::value(asked.request.id.clone(), "why");
+    within("bury", asked.dead_letter("why".to_owned(), Some(fault)))
+        .await
+        .unwrap();
+    assert_eq!(&reply(&mut *inbox).await.body[..], b"why");
+    ask("dropped").await;
+    drop(delivery(&mut *subscription).await);
+    let back = delivery(&mut *subscription).await;
+    assert_eq!(back.attempt, 2);
+    within("done", back.reply(None)).await.unwrap();
+    for body in [&large[..], "small"] {
+        let word = request(&address, BUDGET, body.to_owned());
+        let reached = within("a broadcast", client.broadcast(&service, word)).await;
+        assert_eq!(reached.unwrap(), Some(1));
+        let InboxEvent::Replies(heard) = within("heard", hears.recv()).await else {
+            panic!("the inbox was lost")
+        };
+        assert!(
+            matches!(&heard[..], [Incoming::Request { .. }]),
+            "{heard:?}"
+        );
+    }
+    within("stop", subscription.stop()).await;
+    let owner = server
+        .subscribe(&service, SubscribeOptions::exclusive(1))
+        .await
+        .unwrap();
+    let other = connect("server", &mut plain).await;
+    let _taken = other
+        .subscribe(&service, SubscribeOptions::take_over(1))
+        .await
+        .unwrap();
+    // Some renewals, and looks at all there is.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    drop(owner);
+    for transport in [&client, &server, &other] {
+        within("close", transport.close()).await;
+    }
+    let refused: Vec<redis::Value> = redis::cmd("ACL")
+        .arg("LOG")
+        .query_async(&mut plain)
+        .await
+        .unwrap();
+    assert!(refused.is_empty(), "{refused:?}");
+}

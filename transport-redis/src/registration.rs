@@ -134,7 +134,7 @@ impl Taker {
                 // Nobody knows if the session was registered; asking again does no harm. But it may still be on its way: until
                 // that is over the session can not be taken off the registry.
                 let over = sleep_until((asked + JOIN_LIFE).into());
-                self.stopping.run_until_cancelled(over).await;
+                self.shared.ending.run_until_cancelled(over).await;
                 continue;
             };
             match answer {

@@ -18,6 +18,7 @@ mod lease;
 mod lobby;
 mod monitor;
 mod naming;
+mod opening;
 mod pace;
 mod registration;
 mod scan;

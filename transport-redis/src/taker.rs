@@ -1,6 +1,5 @@
 //! Takes work for a subscription: from the lobby while there is little, on a connection of its own while there is much.
 
-use std::future::pending;
 use std::mem;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,7 +11,6 @@ use redis::{Pipeline, RedisResult, Value};
 use tokio::task::yield_now;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::AbortOnDropHandle;
 
 use crate::claim::{self, Claimed};
 use crate::completer::millis;
@@ -21,6 +19,7 @@ use crate::isolation::{Isolation, Plan};
 use crate::lobby::Seat;
 use crate::monitor::Watch;
 use crate::naming::ServiceKeys;
+use crate::opening::Opening;
 use crate::registration::Refusal;
 use crate::session::{Session, Slots, Token};
 use crate::subscription::Buffer;
@@ -58,35 +57,6 @@ enum Exit {
     Stopped,
     Lost,
     Broken,
-}
-
-/// A connection that is being made beside all else, until this is dropped.
-#[derive(Default)]
-struct Opening(Option<AbortOnDropHandle<Option<Live>>>);
-
-impl Opening {
-    /// Begins, unless it has begun.
-    fn begin(&mut self, shared: &Arc<Shared>, stopping: &CancellationToken) {
-        let (shared, stopping) = (Arc::clone(shared), stopping.clone());
-        self.0.get_or_insert_with(|| {
-            AbortOnDropHandle::new(tokio::spawn(async move {
-                let answer = BLOCK + Duration::from_secs(2);
-                shared.connector.open_patiently(answer, &stopping).await
-            }))
-        });
-    }
-
-    /// The connection, once it is there; never, if it was not begun.
-    async fn opened(&mut self) -> Live {
-        if let Some(opening) = &mut self.0
-            && let Ok(Some(live)) = opening.await
-        {
-            return live;
-        }
-        // Stopped.
-        self.0 = None;
-        pending().await
-    }
 }
 
 impl Taker {

@@ -8,6 +8,7 @@ mod ownership;
 mod running;
 mod running_server;
 mod serving;
+mod starting;
 
 pub use self::clutch::{Engagement, WhenDisengaged};
 pub use self::counters::ServerStats;
@@ -15,10 +16,9 @@ pub(crate) use self::counters::{Counters, count};
 pub(crate) use self::outbox::{Keeping, KeptTo, Outbox};
 pub(crate) use self::running::Running;
 pub use self::running_server::RunningServer;
-use self::serving::Serving;
 
+use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
-use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::future::Future;
 use std::marker::PhantomData;
@@ -26,23 +26,18 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{mpsc, watch};
-use tokio::task::JoinSet;
-use tokio::time::Instant;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
 
-use self::clutch::Clutch;
-use self::desk::{Desk, Owned, Served};
 use self::outbox::OutboxBounds;
-use self::ownership::Owner;
-use crate::client::{Client, IntoServiceName};
-use crate::config::{self, ClientConfig, Ownership, ServerConfig};
+use self::running_server::DROP_TIMEOUT;
+use self::starting::Starting;
+use crate::client::IntoServiceName;
+use crate::config::{self, Ownership, ServerConfig};
 use crate::error::{Error, ErrorKind};
 use crate::handler::{AnyHandler, Raw, RawHandler};
 use crate::name::{IntoNode, Method, Node, ServiceName};
 use crate::outbox_store::OutboxStore;
-use crate::service::Service;
 use crate::transport::Transport;
 
 /// Serves requests: a builder, until it is started.
@@ -266,110 +261,20 @@ impl Server {
         let kill = CancellationToken::new();
         // It need not serve to send what was kept, and may have to stand by for long.
         tokio::spawn(Arc::clone(&outbox).run(kill.clone()));
-        let killed_on_drop = kill.clone().drop_guard();
-        let (words, heard) = mpsc::channel(desk::BACKLOG_MAX);
-        let client = Client::open_at_desk(
-            Arc::clone(&self.transport),
-            ClientConfig::default()
-                .max_body(self.config.max_body)
-                // What a handler calls has the handler's own deadline.
-                .timeout(config::TIMEOUT_MAX),
-            Some(words),
-        )
-        .await?;
-        let owner = Owner {
-            transport: Arc::clone(&self.transport),
-            client: client.clone(),
-            config: self.config,
-        };
-        let names: Vec<_> = services.keys().cloned().collect();
-        // Each is joined as soon as it is served: in between it hears of nothing that is given up. But who waits for another
-        // server gets all or none.
-        let at_once = match self.config.ownership {
-            Ownership::Shared | Ownership::Exclusive => 1,
-            Ownership::Standby | Ownership::TakeOver => names.len(),
-        };
-        let mut subscriptions = Vec::with_capacity(names.len());
-        for names in names.chunks(at_once) {
-            subscriptions.extend(owner.subscribe(names).await?);
-            // Not before it serves: who stands by is not asked.
-            for name in names {
-                client.join(name).await?;
-            }
-        }
-
-        let stop = CancellationToken::new();
-        let counters = Arc::new(Counters::default());
-        let running = Arc::new(Running::default());
-        let (engagement, shown) = watch::channel(Engagement::Engaged);
-        let (handlers_running, mut loops) = (TaskTracker::new(), JoinSet::new());
-        let mut desk = Desk {
-            transport: Arc::clone(&self.transport),
-            config: self.config,
-            node: node.clone(),
-            services: HashMap::new(),
-            running: Arc::clone(&running),
-            counters: Arc::clone(&counters),
-            outbox: Arc::clone(&outbox),
-            handlers: handlers_running.clone(),
-            started: Instant::now(),
-        };
-        let mut servings = Vec::with_capacity(subscriptions.len());
-        for (subscription, (name, handlers)) in subscriptions.into_iter().zip(services) {
-            let service = Arc::new(Service {
-                name: name.clone(),
-                node: node.clone(),
-                handlers,
-                config: self.config,
-                counters: Arc::clone(&counters),
-                client: client.clone(),
-                running: Arc::clone(&running),
-                outbox: Arc::clone(&outbox),
-                kill: kill.child_token(),
-            });
-            let served = Served {
-                service,
-                own: TaskTracker::new(),
-                owned: Owned::default(),
-            };
-            desk.services.insert(name, served.clone());
-            servings.push(Serving {
-                subscription,
-                served,
-                all: handlers_running.clone(),
-                stop: stop.clone(),
-                owner: owner.clone(),
-            });
-        }
-        // Before anything is served: what was given up until now was said to it.
-        tokio::spawn(desk.run(heard, stop.clone(), kill));
-        for serving in servings {
-            let shown = engagement.clone();
-            loops.spawn(async move {
-                let error = serving.run().await?;
-                let reason = error.to_string().into();
-                shown.send_replace(Engagement::Stopped { reason });
-                Some(error)
-            });
-        }
-        let clutch = Clutch {
+        let starting = Starting {
             transport: self.transport,
-            policy: self.config.when_disengaged,
-            engagement,
-        };
-        loops.spawn(clutch.run(stop.clone()));
-        Ok(RunningServer {
-            stop: stop.drop_guard(),
-            kill: killed_on_drop,
-            loops,
-            handlers: handlers_running,
-            counters,
-            client,
-            outbox,
+            config: self.config,
+            services,
             node,
-            engagement: shown,
-            drain_timeout: self.config.drain_timeout,
-        })
+            outbox: Arc::clone(&outbox),
+            kill,
+        };
+        let started = starting.start().await;
+        if started.is_err() {
+            // Whoever starts the next server on its store does so after this.
+            let _ = timeout(DROP_TIMEOUT, outbox.close()).await;
+        }
+        started
     }
 
     /// Serves until it is over: the transport was closed, or an exclusive server lost its service.

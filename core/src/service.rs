@@ -62,13 +62,15 @@ impl Service {
     /// Serves deliveries, each in a task of its own; those of `own` are among `all`.
     ///
     /// On a runtime of one thread those that end at their first poll, as most do whose handlers wait for nothing, cost no
-    /// task. There they hold up nobody who could have run beside them; on several threads they might.
+    /// task. There they hold up nobody who could have run beside them; on several threads they might. False if they took
+    /// so long that others should have their turn before the next ones.
+    #[must_use]
     pub(crate) fn start(
         self: &Arc<Self>,
         deliveries: Vec<Delivery>,
         all: &TaskTracker,
         own: Option<&TaskTracker>,
-    ) {
+    ) -> bool {
         let in_place = Handle::current().runtime_flavor() == RuntimeFlavor::CurrentThread;
         let mut now = Instant::now();
         let until = now + IN_PLACE_MAX;
@@ -95,6 +97,7 @@ impl Service {
                 Some(own) => all.spawn(own.track_future(serving)),
             };
         }
+        !in_place || now < until
     }
 
     /// Takes one delivery to its end.

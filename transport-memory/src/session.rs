@@ -70,9 +70,10 @@ impl Session {
         self.is_live() && self.lease_ends.is_none()
     }
 
-    /// True if it and one that asks for `mode` cannot serve together.
+    /// True if it and one that asks for `mode` cannot serve together: also one that was stopped, while its handlers run.
     pub(crate) fn excludes(&self, mode: SubscribeMode) -> bool {
-        self.is_live() && (self.options.mode.is_exclusive() || mode.is_exclusive())
+        (self.is_live() || self.held > 0)
+            && (self.options.mode.is_exclusive() || mode.is_exclusive())
     }
 
     pub(crate) fn wait(&mut self, waker: &Waker) {

@@ -25,6 +25,7 @@ cases!("standby": [
     newcomer_waits_for_what_runs: G10,
     newcomer_fences_off_a_deaf_owner: G10,
     newcomer_fences_off_nobody_who_hears: G10,
+    standby_waits_for_a_drain: G10,
     standby_has_all_or_none: G10,
     standby_owns_a_second_time: G10,
 ]);
@@ -276,6 +277,42 @@ async fn newcomer_fences_off_nobody_who_hears(bench: Bench) -> Verdict {
         ensure("take over", Instant::now() < end, "it is done in time")?;
     }
     joined("the newcomer", newcomer).await.map(drop)
+}
+
+async fn standby_waits_for_a_drain(bench: Bench) -> Verdict {
+    let service = bench.service("drain")?;
+    let running = Arc::new(AtomicUsize::new(0));
+    let handler = {
+        let running = Arc::clone(&running);
+        move |_: Bytes| {
+            let running = Arc::clone(&running);
+            async move {
+                let before = running.fetch_add(1, Ordering::SeqCst);
+                sleep(5 * QUIET).await;
+                running.fetch_sub(1, Ordering::SeqCst);
+                Ok::<_, Fault>(before.to_string())
+            }
+        }
+    };
+    let owner = bench.server().await?.exclusive().prefetch(1);
+    let owner = start(owner.handle_raw(&service, handler.clone())).await?;
+    let heir = bench.server().await?.standby().prefetch(1);
+    let heir = tokio::spawn(heir.handle_raw(&service, handler).start());
+    let client = bench.client().await?;
+    let calls: Vec<_> = (0..2)
+        .map(|_| tokio::spawn(client.call_raw(&service, "").into_future()))
+        .collect();
+    eventually("the first call", PROMPT, "its handler runs", || {
+        running.load(Ordering::SeqCst) == 1
+    })
+    .await?;
+    ok("stop the owner", owner.shutdown()).await?;
+    for call in calls {
+        let result = ended("a call around a drain", 3 * PROMPT, call).await?;
+        let reply = ok("a call around a drain", async { result }).await?;
+        body_is("how many ran before", &reply.body, "0")?;
+    }
+    joined("the heir", heir).await.map(drop)
 }
 
 async fn standby_has_all_or_none(bench: Bench) -> Verdict {

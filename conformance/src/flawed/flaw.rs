@@ -176,6 +176,7 @@ flaws! {
         "standby/newcomer_takes_over",
         "standby/newcomer_waits_for_what_runs",
         "standby/standby_has_all_or_none",
+        "standby/standby_waits_for_a_drain",
     ],
     /// Who owned a service once owns it for ever.
     OwnsForEver => [

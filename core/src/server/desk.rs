@@ -15,7 +15,7 @@ use tokio_util::task::TaskTracker;
 use super::counters::Counters;
 use super::outbox::Outbox;
 use super::running::Running;
-use crate::config::ServerConfig;
+use crate::config::{Ownership, ServerConfig};
 use crate::control::{self, NodeInfo};
 use crate::envelope::{CorrelationId, Reply, Request};
 use crate::error::{Error, Executed};
@@ -128,6 +128,8 @@ impl Desk {
                 self.answer_json(&request, &stats);
             }
             Some(control::HAND_OVER) => self.hand_over(&service, &request),
+            // It serves it no more, and stands by, or has handed it over: the present owner hears it too.
+            _ if !self.serves(&service) => {}
             _ => self.ask(&service, request, places),
         }
     }
@@ -194,7 +196,17 @@ impl Desk {
         self.handlers.spawn(own.track_future(serve));
     }
 
+    fn serves(&self, service: &ServiceName) -> bool {
+        let served = self.services.get(service);
+        let present = served.and_then(|served| served.owned.present());
+        present.is_some_and(|hand_over| !hand_over.asked.is_cancelled())
+    }
+
     fn hand_over(&self, service: &ServiceName, request: &Request) {
+        // What others serve too is nobody's to hand over.
+        if self.config.ownership == Ownership::Shared {
+            return;
+        }
         let served = self.services.get(service);
         let Some(hand_over) = served.and_then(|served| served.owned.present()) else {
             return;

@@ -1,5 +1,6 @@
 //! One service that is served.
 
+use tokio::task::yield_now;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -19,6 +20,8 @@ pub(super) struct Serving {
     pub(super) all: TaskTracker,
     pub(super) stop: CancellationToken,
     pub(super) owner: Owner,
+    /// By which it may be asked to hand over.
+    pub(super) hand_over: HandOver,
 }
 
 impl Serving {
@@ -26,18 +29,21 @@ impl Serving {
     pub(super) async fn run(mut self) -> Option<Error> {
         let owned = self.served.owned.clone();
         let _free_at_the_end = FreeOnDrop(owned.clone());
-        let mut hand_over = self.begin();
         loop {
             let event = tokio::select! {
                 biased;
                 () = self.stop.cancelled() => break,
-                () = hand_over.asked.cancelled() => return Some(self.hand_over().await),
+                () = self.hand_over.asked.cancelled() => return Some(self.hand_over().await),
                 event = self.subscription.recv() => event,
             };
             match event {
                 SubscriptionEvent::Deliveries(deliveries) => {
                     let own = self.is_alone().then_some(&self.served.own);
-                    self.served.service.start(deliveries, &self.all, own);
+                    let in_time = self.served.service.start(deliveries, &self.all, own);
+                    if !in_time {
+                        // There may be more at once, and then others would wait for all of it.
+                        yield_now().await;
+                    }
                 }
                 SubscriptionEvent::Closed(error) => {
                     owned.end();
@@ -57,21 +63,12 @@ impl Serving {
                         Ok(None) => return Some(error),
                         Err(error) => return Some(error),
                     }
-                    hand_over = self.begin();
+                    self.hand_over = owned.begin();
                 }
             }
         }
         self.subscription.stop().await;
         None
-    }
-
-    /// What it has can be asked for, if nobody else has it.
-    fn begin(&self) -> HandOver {
-        if self.is_alone() {
-            self.served.owned.begin()
-        } else {
-            HandOver::default()
-        }
     }
 
     fn is_alone(&self) -> bool {

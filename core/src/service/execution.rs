@@ -32,9 +32,10 @@ pub(super) enum Left {
 
 /// A request whose handler runs.
 pub(super) struct Begun {
-    delivery: Delivery,
-    context: Context,
+    // Dropped first: what it holds is free before another server has the request.
     running: CatchUnwind<AssertUnwindSafe<Handling>>,
+    context: Context,
+    delivery: Delivery,
     at: Instant,
 }
 
@@ -107,7 +108,10 @@ impl Service {
             Left::Handler(mut begun) => {
                 let supervised = self.supervise(&mut begun).await;
                 self.counters.took(begun.at.elapsed());
-                let Begun { delivery, .. } = *begun;
+                let Begun {
+                    running, delivery, ..
+                } = *begun;
+                drop(running);
                 let outcome = match supervised {
                     Supervised::Ended(handled) => self.outcome(handled, delivery.attempt),
                     Supervised::Overdue(why) => Err(self.overdue(why)),

@@ -263,7 +263,9 @@ impl State {
 
     /// Ends the exclusive session, if there is one. What it held goes to the next.
     pub(super) fn fence_off_owner(&mut self, name: &ServiceName, effects: &mut Effects) {
-        let owns = |session: &Session| session.is_live() && session.options.mode.is_exclusive();
+        let owns = |session: &Session| {
+            (session.is_live() || session.held > 0) && session.options.mode.is_exclusive()
+        };
         for key in self.sessions.keys(owns) {
             self.end(key, already_owned(name), effects);
             self.lose(key, effects);

@@ -31,6 +31,8 @@ pub(crate) enum Fate {
     Accepted,
     /// The broker has no room for it.
     Refused,
+    /// It fits into no frame that this broker takes, and was not sent.
+    Unwritable,
     /// There is no such queue.
     Returned,
     /// The channel died before the broker's word; `refused` if it was the broker that closed the channel alone, so that some
@@ -38,20 +40,31 @@ pub(crate) enum Fate {
     Lost { refused: bool },
 }
 
+/// So many confirmed messages may stand behind one that is not.
+const EMPTY_MAX: usize = 1024;
+
 /// A channel on which all is confirmed, owned by one task.
 #[derive(Debug)]
 pub(crate) struct Outlet<T> {
     channel: PressChannel,
-    /// The tag of the first slot.
-    first: u64,
-    /// What was published and not confirmed, by its tag. None: confirmed before what was published before it.
-    slots: VecDeque<Option<Slot<T>>>,
+    /// The tag of the next message.
+    next: u64,
+    /// What was published and not confirmed, in the order of its tags. Without a slot: confirmed before what was published before it.
+    waiting: VecDeque<Waiting<T>>,
+    /// How many of them have no slot. They go when they are the most: the broker may never speak of the one in front of them.
+    empty: usize,
     /// What no channel would take.
     unwritable: Vec<T>,
     /// How many of both there are, their bytes, and how many of them are to wake who waits.
     pending: usize,
     bytes: usize,
     prompt: usize,
+}
+
+#[derive(Debug)]
+struct Waiting<T> {
+    tag: u64,
+    slot: Option<Slot<T>>,
 }
 
 #[derive(Debug)]
@@ -70,8 +83,9 @@ impl<T> Outlet<T> {
         Self {
             channel,
             // The broker counts from 1 on each channel.
-            first: 1,
-            slots: VecDeque::new(),
+            next: 1,
+            waiting: VecDeque::new(),
+            empty: 0,
             unwritable: Vec::new(),
             pending: 0,
             bytes: 0,
@@ -120,14 +134,19 @@ impl<T> Outlet<T> {
         self.pending += 1;
         self.bytes += body.len();
         self.prompt += usize::from(prompt);
-        self.slots.push_back(Some(Slot {
+        let slot = Slot {
             token,
             queue,
             properties,
             bytes: body.len(),
             prompt,
             returned: false,
-        }));
+        };
+        self.waiting.push_back(Waiting {
+            tag: self.next,
+            slot: Some(slot),
+        });
+        self.next += 1;
         Ok(())
     }
 
@@ -142,12 +161,8 @@ impl<T> Outlet<T> {
     /// Takes out all messages whose fate is known.
     pub(crate) fn sweep(&mut self, fates: &mut Vec<(T, Fate)>) {
         self.pending -= self.unwritable.len();
-        // The broker would not take it either.
-        fates.extend(
-            self.unwritable
-                .drain(..)
-                .map(|token| (token, Fate::Refused)),
-        );
+        let unwritable = self.unwritable.drain(..);
+        fates.extend(unwritable.map(|token| (token, Fate::Unwritable)));
         for told in self.channel.take_told() {
             match told {
                 Told::Acked { tag, multiple } => self.confirm(tag, multiple, true, fates),
@@ -165,7 +180,7 @@ impl<T> Outlet<T> {
         // Confirms that came just before the channel died.
         self.sweep(fates);
         let refused = self.channel.is_refused();
-        let left = self.slots.into_iter().flatten();
+        let left = self.waiting.into_iter().filter_map(|waiting| waiting.slot);
         fates.extend(left.map(|slot| {
             let fate = match slot.returned {
                 true => Fate::Returned,
@@ -176,44 +191,40 @@ impl<T> Outlet<T> {
     }
 
     fn confirm(&mut self, tag: u64, multiple: bool, accepted: bool, fates: &mut Vec<(T, Fate)>) {
-        let Some(index) = tag.checked_sub(self.first) else {
-            return;
+        let first = match multiple {
+            true => 0,
+            false => self.waiting.partition_point(|waiting| waiting.tag < tag),
         };
-        let index = usize::try_from(index).unwrap_or(usize::MAX);
-        let mut settled = 0;
-        if multiple {
-            for slot in self
-                .slots
-                .drain(..self.slots.len().min(index.saturating_add(1)))
-            {
-                settled += 1;
-                if let Some(slot) = slot {
-                    self.pending -= 1;
-                    self.bytes -= slot.bytes;
-                    self.prompt -= usize::from(slot.prompt);
-                    fates.push(slot.into_fate(accepted));
-                }
+        let end = self.waiting.partition_point(|waiting| waiting.tag <= tag);
+        for waiting in self.waiting.range_mut(first.min(end)..end) {
+            if let Some(slot) = waiting.slot.take() {
+                self.empty += 1;
+                self.pending -= 1;
+                self.bytes -= slot.bytes;
+                self.prompt -= usize::from(slot.prompt);
+                fates.push(slot.into_fate(accepted));
             }
-        } else if let Some(slot) = self.slots.get_mut(index).and_then(Option::take) {
-            self.pending -= 1;
-            self.bytes -= slot.bytes;
-            self.prompt -= usize::from(slot.prompt);
-            fates.push(slot.into_fate(accepted));
         }
-        while let Some(None) = self.slots.front() {
-            self.slots.pop_front();
-            settled += 1;
+        while let Some(Waiting { slot: None, .. }) = self.waiting.front() {
+            self.waiting.pop_front();
+            self.empty -= 1;
         }
-        self.first += settled;
+        if self.empty > EMPTY_MAX.max(self.waiting.len() / 2) {
+            self.waiting.retain(|waiting| waiting.slot.is_some());
+            self.empty = 0;
+        }
     }
 
     /// The broker does not say which message it was, but what was in it. It comes before its confirm.
     fn come_back(&mut self, routing_key: &ShortString, correlation: Option<&ShortString>) {
-        let slot = self.slots.iter_mut().flatten().find(|slot| {
-            !slot.returned
-                && slot.queue == *routing_key
-                && slot.properties.correlation_id().as_ref() == correlation
-        });
+        let slots = self.waiting.iter_mut();
+        let slot = slots
+            .filter_map(|waiting| waiting.slot.as_mut())
+            .find(|slot| {
+                !slot.returned
+                    && slot.queue == *routing_key
+                    && slot.properties.correlation_id().as_ref() == correlation
+            });
         match slot {
             Some(slot) => slot.returned = true,
             None => tracing::warn!("a returned message that nobody sent"),
@@ -398,6 +409,36 @@ mod tests {
         fates
     }
 
+    /// RabbitMQ may never speak of a message to a quorum queue that has no majority.
+    #[tokio::test]
+    async fn a_message_of_which_the_broker_never_speaks_keeps_no_place_for_the_others() {
+        let (press, mut broker) = connect(Broker::open).await;
+        let press = press.unwrap();
+        let mut outlet = outlet(&press, &mut broker, 1).await;
+        let last = 2 * u32::try_from(EMPTY_MAX).unwrap();
+        publish(&mut outlet, 1..=last);
+        for delivery_tag in 2..=last {
+            broker.method().await;
+            let ack = basic::Ack {
+                delivery_tag: delivery_tag.into(),
+                multiple: false,
+            };
+            broker
+                .say(1, AMQPClass::Basic(basic::AMQPMethod::Ack(ack)))
+                .await;
+        }
+        assert_eq!(
+            fates(&mut outlet, EMPTY_MAX * 2 - 1).await.len(),
+            EMPTY_MAX * 2 - 1
+        );
+        assert_eq!(outlet.pending().0, 1);
+        assert!(
+            outlet.waiting.len() <= EMPTY_MAX + 1,
+            "{}",
+            outlet.waiting.len()
+        );
+    }
+
     #[tokio::test]
     async fn the_word_of_the_broker_finds_its_message() {
         let (press, mut broker) = connect(Broker::open).await;
@@ -447,7 +488,7 @@ mod tests {
         assert_eq!(fates(&mut outlet, 1).await, [(5, Fate::Returned)]);
         broker.say(1, ack(4, false)).await;
         assert_eq!(fates(&mut outlet, 1).await, [(4, Fate::Accepted)]);
-        assert_eq!((outlet.pending(), outlet.slots.len()), ((0, 0), 0));
+        assert_eq!((outlet.pending(), outlet.waiting.len()), ((0, 0), 0));
         let long = Message {
             exchange: ShortString::default(),
             queue: "inbox".into(),
@@ -458,7 +499,7 @@ mod tests {
         publish(&mut outlet, [6]);
         let mut known = Vec::new();
         outlet.sweep(&mut known);
-        assert_eq!(known, [(7, Fate::Refused)]);
+        assert_eq!(known, [(7, Fate::Unwritable)]);
         broker.say(1, ack(6, true)).await;
         assert_eq!(fates(&mut outlet, 1).await, [(6, Fate::Accepted)]);
     }

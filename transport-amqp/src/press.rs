@@ -202,6 +202,8 @@ impl Shared {
         let Some(slip) = self.channels().open.remove(&id) else {
             return;
         };
+        // First: who sees it shut must see why.
+        slip.refuse(refusal(close.reply_code, &close.reply_text));
         {
             let mut out = self.out();
             slip.shut();
@@ -209,7 +211,7 @@ impl Shared {
             // It has no content either.
             let _ = wire::put_method(&mut out, id, ok);
         }
-        slip.refuse(refusal(close.reply_code, &close.reply_text));
+        slip.end();
     }
 
     /// A channel that we closed is closed.
@@ -335,9 +337,6 @@ pub(crate) enum Unsent {
 
 impl Drop for PressChannel {
     fn drop(&mut self) {
-        if !self.is_open() {
-            return;
-        }
         let close = channel::Close {
             reply_code: 200,
             reply_text: "OK".into(),
@@ -345,7 +344,13 @@ impl Drop for PressChannel {
             method_id: 0,
         };
         let close = AMQPClass::Channel(channel::AMQPMethod::Close(close));
-        self.shared.say(self.id, close);
+        let mut out = self.shared.out();
+        // Asked under the lock: nothing may follow the answer to the broker's own closing.
+        if self.is_open() {
+            let _ = wire::put_method(&mut out, self.id, close);
+        }
+        drop(out);
+        self.shared.task.wake();
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
-use antiphon_core::{Error, ErrorKind, Reply, ReplyAddress, Request, Ticket};
+use antiphon_core::{Error, ErrorKind, Executed, Reply, ReplyAddress, Request, Ticket};
 use lapin::types::ShortString;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until};
@@ -67,6 +67,16 @@ pub(crate) struct OutgoingRequest {
     pub(crate) came_back: bool,
     /// How often the broker did not take it.
     pub(crate) refusals: u8,
+}
+
+impl OutgoingRequest {
+    /// If somebody may have executed it, though it is with nobody now: a broker that did not take it may have all the same.
+    fn executed(&self) -> Executed {
+        match self.refusals {
+            0 => Executed::No,
+            _ => Executed::Maybe,
+        }
+    }
 }
 
 /// The task's own state.
@@ -210,10 +220,19 @@ impl Publisher {
                 job.expire();
                 continue;
             }
+            if job.is_abandoned() {
+                continue;
+            }
             let Some((message, prompt)) = job.encode() else {
                 continue;
             };
             if let Err(unsent) = outlet.publish(message, prompt, job) {
+                // Nothing of it was sent, so its caller may give it up, and know that.
+                if let What::Request(request) = &unsent.what
+                    && request.refusals == 0
+                {
+                    request.ticket.reopen();
+                }
                 self.queue.push_front(unsent);
                 return;
             }
@@ -224,18 +243,22 @@ impl Publisher {
         let result = match (&mut job.what, fate) {
             (_, Fate::Accepted) => Ok(()),
             (What::Request(request), Fate::Returned) if request.expect_responder => {
-                Err(no_responder(&request.queue))
+                Err(no_responder(&request.queue).with_executed(request.executed()))
             }
             (What::Request(request), Fate::Returned) => {
                 // It is with nobody: its caller may give it up, knowing that it was not executed.
-                request.ticket.reopen();
+                if request.refusals == 0 {
+                    request.ticket.reopen();
+                }
                 request.came_back = true;
                 let queue = request.queue.clone();
                 self.absent.forget(&queue);
                 return self.absent.park(&queue, job);
             }
             (What::Request(request), Fate::Refused)
-                if request.refusals < AGAIN_MAX && request.exchange.as_str().is_empty() =>
+                if request.refusals < AGAIN_MAX
+                    && request.exchange.as_str().is_empty()
+                    && !request.expect_responder =>
             {
                 request.refusals += 1;
                 request.came_back = true;
@@ -247,6 +270,11 @@ impl Publisher {
                 ErrorKind::Overloaded,
                 "the broker did not take the request",
             )),
+            (What::Request(request), Fate::Unwritable) => Err(Error::not_executed(
+                ErrorKind::Invalid,
+                "the request's headers do not fit into a frame that the broker takes",
+            )
+            .with_executed(request.executed())),
             (What::Request(_), Fate::Lost { .. }) => Err(Error::maybe_executed(
                 ErrorKind::ConnectionLost,
                 "the connection was lost before the broker accepted the request",
@@ -254,6 +282,10 @@ impl Publisher {
             (What::Reply { .. }, Fate::Returned) => Err(Error::not_executed(
                 ErrorKind::NoResponder,
                 "the inbox is gone",
+            )),
+            (What::Reply { .. }, Fate::Unwritable) => Err(Error::not_executed(
+                ErrorKind::Invalid,
+                "the reply's headers do not fit into a frame that the broker takes",
             )),
             (What::Reply { .. }, Fate::Refused) => Err(Error::maybe_executed(
                 ErrorKind::Overloaded,
@@ -415,12 +447,12 @@ impl Job {
     /// Its time is up, and it was not sent, or not taken.
     fn expire(self) {
         let message = "the request could not be sent before its deadline";
-        let error = match &self.what {
-            What::Request(request) if request.refusals > 0 => {
-                Error::maybe_executed(ErrorKind::DeadlineExceeded, message)
-            }
-            _ => Error::not_executed(ErrorKind::DeadlineExceeded, message),
+        let executed = match &self.what {
+            What::Request(request) => request.executed(),
+            What::Reply { .. } => Executed::No,
         };
+        let error = Error::not_executed(ErrorKind::DeadlineExceeded, message);
+        let error = error.with_executed(executed);
         let _ = self.done.send(Err(error));
     }
 }

@@ -65,27 +65,25 @@ impl Slip {
         self.open.load(Ordering::Acquire)
     }
 
-    /// Nothing can be published any more, which is to be told later, by [`end`](Self::end) or [`refuse`](Self::refuse).
+    /// Nothing can be published any more, which is to be told later, by [`end`](Self::end).
     pub(crate) fn shut(&self) {
         self.open.store(false, Ordering::Release);
     }
 
-    /// The connection is over.
+    /// It is over, perhaps with its connection.
     pub(crate) fn end(&self) {
         // Dropped, it tells that the channel will not come.
         self.said().opening = None;
         self.waker.wake();
     }
 
-    /// The broker closed this channel alone.
+    /// The broker closed this channel alone: said before it is [`shut`](Self::shut).
     pub(crate) fn refuse(&self, failure: Failure) {
         let mut said = self.said();
         said.refused = true;
         if let Some(opening) = said.opening.take() {
             let _ = opening.send(Err(failure));
         }
-        drop(said);
-        self.waker.wake();
     }
 
     /// True if the broker closed this channel alone.

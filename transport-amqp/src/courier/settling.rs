@@ -139,9 +139,9 @@ impl Courier {
             (_, Fate::Accepted) => self.complete(key),
             // It is the connection that was lost, which is nobody's fault.
             (_, Fate::Lost { refused: false }) => self.unsent.push_back(key),
-            (Work::Reply(reply), Fate::Lost { refused: true }) => {
+            (Work::Reply(reply), fate @ (Fate::Lost { refused: true } | Fate::Unwritable)) => {
                 held.deaths += 1;
-                if !alone {
+                if !alone && fate != Fate::Unwritable {
                     return self.unsent.push_back(key);
                 }
                 tracing::error!(queue = %self.route.plan.names.main, "a reply that the broker does not take");
@@ -153,11 +153,16 @@ impl Courier {
                 *reply = Reply::fault(reply.id.clone(), fault, Executed::Yes).into();
                 self.unsent.push_back(key);
             }
-            (_, Fate::Lost { refused: true }) => {
+            (_, fate @ (Fate::Lost { refused: true } | Fate::Unwritable)) => {
                 held.deaths += 1;
-                match alone {
-                    true => self.put_off(key),
-                    false => self.unsent.push_back(key),
+                // After the first time it goes without headers of others.
+                let again = match fate {
+                    Fate::Unwritable => held.deaths <= 2,
+                    _ => !alone,
+                };
+                match again {
+                    true => self.unsent.push_back(key),
+                    false => self.put_off(key),
                 }
             }
             (Work::Reply(_), Fate::Returned | Fate::Refused) => {

@@ -44,7 +44,7 @@ pub(crate) struct Idle {
     /// How many services the server has
     #[arg(long, default_value_t = 100)]
     pub(crate) services: usize,
-    /// How long both are watched, after they have settled for 3 s
+    /// How long both are watched, after they have settled for 10 s
     #[arg(long, default_value_t = 20.0)]
     pub(crate) seconds: f64,
     /// Where the figures go

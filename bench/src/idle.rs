@@ -15,7 +15,7 @@ use crate::pair::{Pair, unique_service};
 use crate::report;
 
 /// What was busy when it was started may end its work.
-const SETTLE: Duration = Duration::from_secs(3);
+const SETTLE: Duration = Duration::from_secs(10);
 
 /// How many more clients one process has than another, of which the memory is compared.
 const CLIENTS: usize = 100;

@@ -83,6 +83,9 @@ async fn dropped_call_cancels_its_handler(bench: Bench) -> Verdict {
     said(&mut receiver, "started", PROMPT).await?;
     call.abort();
     said(&mut receiver, "cancelled", TOLD + LATE).await?;
+    // The handler may hear of it while the call is still being dropped, on another thread.
+    let dropped = within("the call is dropped", PROMPT, call).await?;
+    ensure("the call", dropped.is_err(), "it was dropped in time")?;
     same("what waits afterwards", client.stats().pending, 0)
 }
 

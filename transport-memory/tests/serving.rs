@@ -37,6 +37,38 @@ async fn handlers_that_wait_run_at_once_beside_those_that_do_not() {
     server.shutdown().await.unwrap();
 }
 
+#[tokio::test]
+async fn who_waits_has_a_turn_between_requests_that_take_long() {
+    const REQUESTS: u64 = 50;
+    let (client, server) = serve(|server| {
+        server
+            .prefetch(1)
+            .handle_raw("s", |body: bytes::Bytes| async move {
+                // Longer than requests are polled in place one after the other.
+                std::thread::sleep(Duration::from_millis(1));
+                Ok(body)
+            })
+    })
+    .await;
+    // No request is taken before this task waits for something.
+    let calls: Vec<_> = (0..REQUESTS)
+        .map(|_| tokio::spawn(client.call_raw("s", "").into_future()))
+        .collect();
+    let mut turns = 0;
+    while server.stats().handled < REQUESTS {
+        tokio::task::yield_now().await;
+        turns += 1;
+    }
+    assert!(
+        turns >= REQUESTS,
+        "{turns} turns between {REQUESTS} requests"
+    );
+    for call in calls {
+        call.await.unwrap().unwrap();
+    }
+    server.shutdown().await.unwrap();
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_panic_costs_only_its_own_call() {
     let (client, server) = serve(|server| {

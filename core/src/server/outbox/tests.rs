@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::future::{pending, ready};
+use std::sync::atomic::AtomicBool;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -177,6 +178,7 @@ struct Told {
     /// For the writes to come, in order; others succeed at once.
     writes: Mutex<Vec<StoreWriteEnds>>,
     opens_never: bool,
+    closed: AtomicBool,
 }
 
 type StoreWriteEnds = oneshot::Receiver<Result<(), Error>>;
@@ -217,7 +219,9 @@ impl OutboxStore for Store {
         Box::pin(async move { ends.await.unwrap() })
     }
 
-    async fn close(&self) {}
+    async fn close(&self) {
+        self.0.closed.store(true, Ordering::SeqCst);
+    }
 }
 
 fn to(address: &str) -> ReplyAddress {
@@ -347,6 +351,17 @@ async fn a_store_that_does_not_open_is_an_error_of_the_start() {
     let started = timeout_at(Instant::now() + 60 * SECOND, started).await;
     let error = started.unwrap().unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Outbox);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_start_that_fails_leaves_its_store_to_the_next() {
+    let (broker, _hearing) = Broker::new();
+    broker.deliveries.lock().unwrap().take();
+    let told = Arc::new(Told::default());
+    let server = broker.server().exclusive();
+    let started = serve(server.outbox_store(Store(Arc::clone(&told)))).await;
+    assert_eq!(started.unwrap_err().kind(), ErrorKind::AlreadyOwned);
+    assert!(told.closed.load(Ordering::SeqCst));
 }
 
 #[tokio::test(start_paused = true)]

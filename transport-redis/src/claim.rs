@@ -91,6 +91,7 @@ pub(crate) async fn deliveries(
             reply_to: None,
             body: None,
             keep: QUEUE_TTL,
+            expires: None,
             received: false,
         };
         match frame::decode_request(frame) {
@@ -158,6 +159,7 @@ fn take(
     let apart = apart.map(|id| hold.session.keys.body(&id));
     hold.body = apart.clone();
     let expires = left.map(|left| started.checked_add(left).unwrap_or(started + QUEUE_TTL));
+    hold.expires = expires;
     let (attempt, lease) = (hold.token.attempt, hold.session.lease.clone());
     let settlement = RedisSettlement::new(hold);
     Some(Decoded {

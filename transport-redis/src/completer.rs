@@ -36,6 +36,8 @@ pub(crate) struct Item {
     pub(crate) token: Token,
     pub(crate) end: End,
     pub(crate) done: Option<oneshot::Sender<Result<(), Error>>>,
+    /// Until when somebody waits for the reply that goes with it.
+    pub(crate) expires: Option<Instant>,
     /// It was written before, and nobody knows if it was executed.
     pub(crate) repeated: bool,
     /// The batch that it was in was refused for good, so it is asked for by itself.
@@ -54,6 +56,7 @@ impl Item {
             token,
             end,
             done,
+            expires: None,
             repeated: false,
             alone: false,
         }
@@ -78,6 +81,18 @@ impl Item {
                 reply: Some((_, frame)),
             } => frame,
             _ => &[],
+        }
+    }
+
+    /// Leaves out a reply that nobody waits for any more; the request is settled all the same.
+    fn drop_expired(&mut self, now: Instant) {
+        if self.expires.is_none_or(|expires| expires > now) {
+            return;
+        }
+        match &mut self.end {
+            End::Plain { reply } => *reply = None,
+            End::Full(full) => (full.reply, full.reply_body) = (None, None),
+            End::GiveBack { .. } => {}
         }
     }
 
@@ -147,6 +162,16 @@ struct Queue {
     paused: Option<Instant>,
 }
 
+impl Queue {
+    /// For what was held up: what goes out at once is not looked at.
+    fn drop_expired(&mut self) {
+        let now = Instant::now();
+        for item in &mut self.items {
+            item.drop_expired(now);
+        }
+    }
+}
+
 impl Completer {
     /// Settles, soon.
     pub(crate) fn push(&self, item: Item) {
@@ -200,8 +225,10 @@ impl Completer {
     /// Puts back what may not have been executed.
     pub(crate) fn put_back(&self, items: Vec<Item>, leaving: Vec<Arc<Session>>) {
         let mut queue = self.lock();
+        let now = Instant::now();
         for mut item in items.into_iter().rev() {
             item.repeated = true;
+            item.drop_expired(now);
             queue.items.push_front(item);
         }
         queue.leaving.extend(leaving);
@@ -266,7 +293,7 @@ impl Completer {
                         Arc::clone(&config),
                     )),
                     None if ending.is_cancelled() => break,
-                    None => {}
+                    None => self.lock().drop_expired(),
                 }
                 continue;
             }

@@ -7,6 +7,7 @@ use antiphon_core::transport::{Settle, Settlement};
 use antiphon_core::{Error, Reply};
 use async_trait::async_trait;
 use tokio::sync::oneshot;
+use tokio::time::Instant;
 
 use crate::completer::{ApartBody, End, FullEnd, Item};
 use crate::naming::{self, InboxKeys};
@@ -29,6 +30,8 @@ pub(crate) struct Hold {
     pub(crate) body: Option<String>,
     /// For how long it must be kept if it goes back.
     pub(crate) keep: Duration,
+    /// Until when somebody waits for its reply.
+    pub(crate) expires: Option<Instant>,
     /// It was given to the server: if it is dropped now, that counts as an attempt.
     pub(crate) received: bool,
 }
@@ -120,9 +123,10 @@ impl Hold {
     }
 
     fn finish(self, end: End, done: Option<oneshot::Sender<Result<(), Error>>>) {
-        self.shared
-            .completer
-            .push(Item::new(self.session, self.token, end, done));
+        self.shared.completer.push(Item {
+            expires: self.expires,
+            ..Item::new(self.session, self.token, end, done)
+        });
     }
 }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use antiphon_core::{Engagement, ErrorKind, Fault, Server, WhenDisengaged};
+use antiphon_core::{Engagement, ErrorKind, Executed, Fault, Server, ServiceName, WhenDisengaged};
 use bytes::Bytes;
 use tokio::sync::Semaphore;
 use tokio::time::sleep;
@@ -15,6 +15,7 @@ use crate::case::{Verdict, cases};
 cases!("clutch": [
     engagement_is_shown: G9,
     finished_replies_are_sent_later: G2,
+    expired_replies_are_not_sent: G1,
     it_gives_up_as_told: G9,
     it_stops_as_told: G9,
 ]);
@@ -63,31 +64,66 @@ async fn engagement_is_shown(bench: Bench) -> Verdict {
     )
 }
 
+/// Handlers that wait at a door, and how many have started and ended.
+struct Gated {
+    door: Arc<Semaphore>,
+    started: Arc<AtomicUsize>,
+    ended: Arc<AtomicUsize>,
+}
+
+impl Gated {
+    fn new() -> Self {
+        Self {
+            door: Arc::new(Semaphore::new(0)),
+            started: Arc::default(),
+            ended: Arc::default(),
+        }
+    }
+
+    fn serve(&self, server: Server, service: &ServiceName) -> Server {
+        let (door, started, ended) = (
+            Arc::clone(&self.door),
+            Arc::clone(&self.started),
+            Arc::clone(&self.ended),
+        );
+        server.handle_raw(service, move |body: Bytes| {
+            let (door, started, ended) =
+                (Arc::clone(&door), Arc::clone(&started), Arc::clone(&ended));
+            async move {
+                started.fetch_add(1, Ordering::SeqCst);
+                let _ = door.acquire().await;
+                ended.fetch_add(1, Ordering::SeqCst);
+                Ok::<_, Fault>(body)
+            }
+        })
+    }
+
+    async fn have_started(&self, count: usize) -> Verdict {
+        eventually("the handlers", PROMPT, "all of them start", || {
+            self.started.load(Ordering::SeqCst) == count
+        })
+        .await
+    }
+
+    /// Opens the door for good.
+    async fn end(&self, count: usize) -> Verdict {
+        self.door.add_permits(1000);
+        eventually(
+            "the handlers",
+            PROMPT,
+            "they go on without the broker",
+            || self.ended.load(Ordering::SeqCst) >= count,
+        )
+        .await
+    }
+}
+
 async fn finished_replies_are_sent_later(bench: Bench) -> Verdict {
     let service = bench.service("later")?;
     let connected = bench.connect().await?;
-    let (started, gate, ended_handlers) = (
-        Arc::new(AtomicUsize::new(0)),
-        Arc::new(Semaphore::new(0)),
-        Arc::new(AtomicUsize::new(0)),
-    );
-    let (count, door, finished) = (
-        Arc::clone(&started),
-        Arc::clone(&gate),
-        Arc::clone(&ended_handlers),
-    );
-    let handler = move |body: Bytes| {
-        let (count, door, finished) =
-            (Arc::clone(&count), Arc::clone(&door), Arc::clone(&finished));
-        async move {
-            count.fetch_add(1, Ordering::SeqCst);
-            let _ = door.acquire().await;
-            finished.fetch_add(1, Ordering::SeqCst);
-            Ok::<_, Fault>(body)
-        }
-    };
+    let gated = Gated::new();
     let server = Server::new(Arc::clone(&connected.transport));
-    let _server = start(server.handle_raw(&service, handler)).await?;
+    let _server = start(gated.serve(server, &service)).await?;
     let client = bench.client().await?;
     let calls: Vec<_> = (0..10)
         .map(|number: u8| {
@@ -97,21 +133,11 @@ async fn finished_replies_are_sent_later(bench: Bench) -> Verdict {
             tokio::spawn(call.into_future())
         })
         .collect();
-    eventually("the handlers", PROMPT, "all of them start", || {
-        started.load(Ordering::SeqCst) == 10
-    })
-    .await?;
+    gated.have_started(10).await?;
     connected.link.sever().await?;
     until_disconnected(&connected.transport).await?;
     // The handlers end while the broker is away, and nothing but them will say what they found.
-    gate.add_permits(1000);
-    eventually(
-        "the handlers",
-        PROMPT,
-        "they go on without the broker",
-        || ended_handlers.load(Ordering::SeqCst) >= 10,
-    )
-    .await?;
+    gated.end(10).await?;
     sleep(QUIET).await;
     connected.link.restore().await?;
     for (number, call) in calls.into_iter().enumerate() {
@@ -128,11 +154,54 @@ async fn finished_replies_are_sent_later(bench: Bench) -> Verdict {
             [u8::try_from(number).unwrap_or(u8::MAX)],
         )?;
     }
-    let executions = started.load(Ordering::SeqCst);
+    let executions = gated.started.load(Ordering::SeqCst);
     ensure(
         "the requests",
         executions == 10,
         format!("each is executed once, not {executions} times in all"),
+    )
+}
+
+async fn expired_replies_are_not_sent(bench: Bench) -> Verdict {
+    let service = bench.service("expired")?;
+    let connected = bench.connect().await?;
+    let gated = Gated::new();
+    let server = Server::new(Arc::clone(&connected.transport));
+    let server = start(gated.serve(server, &service)).await?;
+    let client = bench.client().await?;
+    let waits = Duration::from_millis(1000);
+    let calls: Vec<_> = (0..5)
+        .map(|_| tokio::spawn(client.call_raw(&service, "").timeout(waits).into_future()))
+        .collect();
+    gated.have_started(5).await?;
+    connected.link.sever().await?;
+    until_disconnected(&connected.transport).await?;
+    gated.end(5).await?;
+    for call in calls {
+        let result = ended("a call in an outage", waits + PROMPT, call).await?;
+        is_error(
+            "a call in an outage",
+            result,
+            ErrorKind::DeadlineExceeded,
+            Executed::Maybe,
+        )?;
+    }
+    sleep(QUIET).await;
+    connected.link.restore().await?;
+    until_connected(&connected.transport).await?;
+    // What was kept for it goes out before what it is asked now, or beside it.
+    ok_within(
+        "a call after the outage",
+        bench.bounds().redelivery + PROMPT,
+        client.call_raw(&service, ""),
+    )
+    .await?;
+    sleep(QUIET).await;
+    // Where the request was delivered again, having expired, that is reported.
+    same(
+        "how many replies came that nobody waited for, besides those that say so",
+        client.stats().late,
+        server.stats().expired,
     )
 }
 

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use antiphon_core::transport::SubscribeOptions;
 use antiphon_core::{
-    Context, Engagement, Error, ErrorKind, Fault, Reply, RunningServer, Server, ServiceName,
+    ConnectionState, Context, Engagement, Error, ErrorKind, Fault, Reply, RunningServer, Server,
+    ServiceName,
 };
 use bytes::Bytes;
 use tokio::task::JoinHandle;
@@ -28,6 +29,7 @@ cases!("standby": [
     standby_waits_for_a_drain: G10,
     standby_has_all_or_none: G10,
     standby_owns_a_second_time: G10,
+    standby_answers_for_nobody: G10,
 ]);
 
 /// A server that answers with its name.
@@ -367,4 +369,51 @@ async fn standby_owns_a_second_time(bench: Bench) -> Verdict {
     let error = within("the former owner is told", PROMPT, first.over()).await?;
     same("what it is told", error.kind(), ErrorKind::AlreadyOwned)?;
     answers("newcomer").await
+}
+
+async fn standby_answers_for_nobody(bench: Bench) -> Verdict {
+    let service = bench.service("answers")?;
+    let connected = bench.connect().await?;
+    let first = Server::new(Arc::clone(&connected.transport))
+        .standby()
+        .node("first");
+    let first = start(named_server(first, &service, "first")).await?;
+    let second = named_server(
+        bench.server().await?.standby().node("second"),
+        &service,
+        "second",
+    );
+    let second = tokio::spawn(second.start());
+    let bound = bench.bounds().take_over + PROMPT;
+    connected.link.sever().await?;
+    let second = ended("who stands by", bound, second).await?;
+    let second = ok("take over", async { second }).await?;
+    connected.link.restore().await?;
+    let client = bench.client().await?;
+    let mut shown = first.engagement();
+    let disengaged = |now: &Engagement| matches!(now, Engagement::Disengaged { .. });
+    let state = connected.transport.state();
+    let rule = "it is connected and disengaged";
+    eventually("who stands by", bound, rule, || {
+        *state.borrow() == ConnectionState::Connected && disengaged(&shown.borrow())
+    })
+    .await?;
+    // It hears what all are asked.
+    for _ in 0..8 {
+        let asked = client.ask_all_raw(&service, "").timeout(QUIET);
+        let answers = ok("ask all", asked).await?.answers;
+        let names: Vec<_> = answers.iter().map(|answer| answer.node.as_str()).collect();
+        ensure(
+            "ask all",
+            names == ["second"],
+            format!("only the owner answers, not {names:?}"),
+        )?;
+    }
+    ok("stop the second", second.shutdown()).await?;
+    let engaged = shown.wait_for(|now| *now == Engagement::Engaged);
+    ensure(
+        "who has it again",
+        within("who has it again", bound, engaged).await?.is_ok(),
+        "it is engaged",
+    )
 }

@@ -1,5 +1,6 @@
 //! Whether a server is engaged with its broker, and what it does when it is not.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -7,6 +8,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::error::{Error, ErrorKind};
+use crate::name::ServiceName;
 use crate::transport::{ConnectionState, Transport};
 
 /// Whether a server is engaged with its broker.
@@ -15,7 +17,8 @@ use crate::transport::{ConnectionState, Transport};
 pub enum Engagement {
     /// It takes requests.
     Engaged,
-    /// The broker is away or takes nothing. Handlers that run go on; finished replies are kept until it is back.
+    /// The broker is away or takes nothing: handlers that run go on, and finished replies are kept until it is back. Or this
+    /// server has lost a service to another one, and [stands by](crate::Server::standby) for it again.
     Disengaged {
         /// Why.
         reason: Arc<str>,
@@ -40,21 +43,26 @@ pub enum WhenDisengaged {
     Stop,
 }
 
+/// The services that a standby had and lost, and why. It waits for them.
+pub(crate) type Lost = watch::Sender<BTreeMap<ServiceName, Arc<str>>>;
+
 /// Follows the connection for a server, until `stop` or until its policy says that it is over.
 pub(crate) struct Clutch {
     pub(crate) transport: Arc<dyn Transport>,
     pub(crate) policy: WhenDisengaged,
     pub(crate) engagement: watch::Sender<Engagement>,
+    pub(crate) lost: Lost,
 }
 
 impl Clutch {
     /// Why the server is over, unless it was told to stop; it is told then.
     pub(crate) async fn run(self, stop: CancellationToken) -> Option<Error> {
         let mut state = self.transport.state();
+        let mut lost = self.lost.subscribe();
         let follow = async {
             loop {
                 let now = engagement(&state.borrow_and_update());
-                self.show(&now);
+                self.show(&self.seen(now.clone()));
                 match now {
                     Engagement::Stopped { .. } => {
                         return Error::not_executed(ErrorKind::Closed, "the connection is closed");
@@ -65,7 +73,11 @@ impl Clutch {
                         }
                     }
                     Engagement::Engaged => {
-                        if state.changed().await.is_err() {
+                        let changed = tokio::select! {
+                            changed = state.changed() => changed,
+                            changed = lost.changed() => changed,
+                        };
+                        if changed.is_err() {
                             return Error::not_executed(
                                 ErrorKind::Closed,
                                 "the connection is gone",
@@ -102,7 +114,7 @@ impl Clutch {
         };
         let back = async {
             let is_over = |state: &ConnectionState| {
-                self.show(&engagement(state));
+                self.show(&self.seen(engagement(state)));
                 matches!(state, ConnectionState::Connected | ConnectionState::Closed)
             };
             // An error would mean that the transport is gone; the caller looks again.
@@ -116,6 +128,16 @@ impl Clutch {
             let message = format!("the broker was away for {patience:?}: {reason}");
             Error::not_executed(ErrorKind::ConnectionLost, message)
         })
+    }
+
+    /// What the embedder sees: the connection alone does not make a server that stands by take requests.
+    fn seen(&self, by_connection: Engagement) -> Engagement {
+        match (&by_connection, self.lost.borrow().iter().next()) {
+            (Engagement::Engaged, Some((service, error))) => Engagement::Disengaged {
+                reason: format!("it stands by for {service}: {error}").into(),
+            },
+            _ => by_connection,
+        }
     }
 
     fn show(&self, now: &Engagement) {

@@ -4,6 +4,7 @@ use tokio::task::yield_now;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::clutch::Lost;
 use super::desk::{HandOver, Owned, Served};
 use super::ownership::Owner;
 use super::running_server::DROP_TIMEOUT;
@@ -22,6 +23,8 @@ pub(super) struct Serving {
     pub(super) owner: Owner,
     /// By which it may be asked to hand over.
     pub(super) hand_over: HandOver,
+    /// Where it says that it stands by again.
+    pub(super) lost: Lost,
 }
 
 impl Serving {
@@ -54,6 +57,9 @@ impl Serving {
                     {
                         return Some(error);
                     }
+                    self.lost.send_modify(|lost| {
+                        lost.insert(name.clone(), error.to_string().into());
+                    });
                     let again = tokio::select! {
                         again = self.owner.subscribe(std::slice::from_ref(name)) => again,
                         () = self.stop.cancelled() => return None,
@@ -63,6 +69,9 @@ impl Serving {
                         Ok(None) => return Some(error),
                         Err(error) => return Some(error),
                     }
+                    self.lost.send_modify(|lost| {
+                        lost.remove(self.served.service.name());
+                    });
                     self.hand_over = owned.begin();
                 }
             }

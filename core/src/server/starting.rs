@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::clutch::Clutch;
+use super::clutch::{Clutch, Lost};
 use super::desk::{self, Desk, Owned, Served};
 use super::ownership::Owner;
 use super::serving::Serving;
@@ -79,6 +79,7 @@ impl Starting {
         let counters = Arc::new(Counters::default());
         let running = Arc::new(Running::default());
         let (engagement, shown) = watch::channel(Engagement::Engaged);
+        let lost = Lost::default();
         let (handlers_running, mut loops) = (TaskTracker::new(), JoinSet::new());
         let mut desk = Desk {
             transport: Arc::clone(&transport),
@@ -119,6 +120,7 @@ impl Starting {
                 all: handlers_running.clone(),
                 stop: stop.clone(),
                 owner: owner.clone(),
+                lost: lost.clone(),
             });
         }
         // Before anything is served: what was given up until now was said to it.
@@ -136,6 +138,7 @@ impl Starting {
             transport,
             policy: config.when_disengaged,
             engagement,
+            lost,
         };
         loops.spawn(clutch.run(stop.clone()));
         Ok(RunningServer {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 
-use crate::contenders::{Contender, Group, Place};
+use crate::contenders::{Contender, Extra, Group, Place};
 
 /// Measures floors, peers and ours, interleaved, on brokers of its own; prints figures and their ratios
 ///
@@ -24,6 +24,11 @@ pub(crate) enum Command {
     Idle(Idle),
     /// How the cost of a call over Redis grows with what else there is, each as a ratio to a plain one
     Flat(Flat),
+    /// What a call pays for options beside it: nodes, cancellation, standby, the clutch, the outbox; each as a ratio to a plain one
+    ///
+    /// Options are measured in turns with calls without them. In memory, instructions are counted as well, by valgrind; over
+    /// Redis, the commands of a call.
+    Features(Features),
     /// Latency at a part of the peak, without coordinated omission
     OpenLoop(OpenLoop),
     /// Instructions and allocations of a call in memory, by valgrind, as ratios to what is recorded
@@ -81,6 +86,29 @@ pub(crate) struct Flat {
 }
 
 #[derive(Clone, Debug, clap::Args)]
+pub(crate) struct Features {
+    /// Only these transports
+    #[arg(long, value_delimiter = ',', value_name = "TRANSPORT")]
+    pub(crate) only: Vec<Group>,
+    /// How many calls wait at once
+    #[arg(long, default_value_t = 64)]
+    pub(crate) concurrency: usize,
+    /// How often each is measured
+    #[arg(long, default_value_t = 5)]
+    pub(crate) rounds: usize,
+    /// How long each point is measured
+    #[arg(long, default_value_t = 0.5)]
+    pub(crate) seconds: f64,
+    /// Where the figures go
+    #[arg(
+        long,
+        value_name = "FILE",
+        default_value = "target/bench/features.json"
+    )]
+    pub(crate) json: PathBuf,
+}
+
+#[derive(Clone, Debug, clap::Args)]
 pub(crate) struct OpenLoop {
     /// Whom to measure
     #[arg(long, value_delimiter = ',', default_values = ["spawn", "memory", "crel", "redis", "c", "amqp", "cq", "amqp-quorum"])]
@@ -131,6 +159,9 @@ pub(crate) struct HotPath {
     /// Of each caller
     #[arg(long)]
     pub(crate) calls: usize,
+    /// Of ours: what is asked for besides
+    #[arg(long, default_value_t)]
+    pub(crate) extra: Extra,
 }
 
 #[derive(Clone, Debug, clap::Args)]
@@ -232,6 +263,9 @@ pub(crate) struct Role {
     /// Of ours: how many calls wait for a server that is not there
     #[arg(long, default_value_t = 0)]
     pub(crate) pending: usize,
+    /// Of ours: what is asked for besides
+    #[arg(long, default_value_t)]
+    pub(crate) extra: Extra,
 }
 
 impl Role {
@@ -253,6 +287,7 @@ impl Role {
             services: 1,
             clients: 1,
             pending: 0,
+            extra: Extra::None,
         }
     }
 
@@ -268,6 +303,7 @@ impl Role {
             ("services", self.services.to_string()),
             ("clients", self.clients.to_string()),
             ("pending", self.pending.to_string()),
+            ("extra", self.extra.to_string()),
         ];
         values
             .into_iter()
@@ -284,6 +320,7 @@ impl Role {
             services: self.services,
             clients: self.clients,
             pending: self.pending,
+            extra: self.extra,
         }
     }
 }

@@ -129,26 +129,34 @@ async fn command_counts(url: &str) -> Result<BTreeMap<String, f64>, Failure> {
     Ok(counts.collect())
 }
 
+/// How many commands Redis has run, without those of whoever looks.
+pub(crate) async fn commands(url: &str) -> Result<f64, Failure> {
+    let counts = command_counts(url).await?;
+    let counts = counts.iter().filter(|(name, _)| !is_own(name));
+    Ok(counts.map(|(_, count)| count).sum())
+}
+
 /// Commands per second, without those of whoever looks.
 fn rates(
     before: &BTreeMap<String, f64>,
     after: &BTreeMap<String, f64>,
     seconds: f64,
 ) -> BTreeMap<String, f64> {
-    let own = |name: &str| {
-        ["info", "hello", "ping"].contains(&name)
-            || name.starts_with("client|")
-            || name.starts_with("command|")
-    };
     after
         .iter()
-        .filter(|(name, _)| !own(name))
+        .filter(|(name, _)| !is_own(name))
         .map(|(name, count)| {
             let rate = (count - before.get(name).unwrap_or(&0.0)) / seconds;
             (name.clone(), rate)
         })
         .filter(|(_, rate)| *rate > 0.0)
         .collect()
+}
+
+fn is_own(name: &str) -> bool {
+    ["info", "hello", "ping"].contains(&name)
+        || name.starts_with("client|")
+        || name.starts_with("command|")
 }
 
 fn print(watches: &[Watch]) {

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::Failure;
 use crate::args::Instructions;
-use crate::contenders::Contender;
+use crate::contenders::{Contender, Extra};
 use crate::report;
 
 /// Two runs with different numbers of calls: what start and end cost is in both.
@@ -36,7 +36,7 @@ pub(crate) fn run(options: &Instructions) -> Result<(), Failure> {
     let mut counted = Paths::new();
     for (contender, concurrency) in PATHS {
         let counts = Counts {
-            instructions: per_call(contender, concurrency, instructions)?,
+            instructions: of_call(contender, Extra::None, concurrency)?,
             allocations: per_call(contender, concurrency, allocations)?,
         };
         counted.insert(format!("{contender}, {concurrency} at once"), counts);
@@ -94,10 +94,21 @@ fn print(counted: &Paths, recorded: &Paths) -> f64 {
     worst
 }
 
+/// Counted instructions of a call.
+pub(crate) fn of_call(
+    contender: Contender,
+    extra: Extra,
+    concurrency: usize,
+) -> Result<f64, Failure> {
+    per_call(contender, concurrency, |contender, concurrency, calls| {
+        instructions(contender, extra, concurrency, calls)
+    })
+}
+
 fn per_call(
     contender: Contender,
     concurrency: usize,
-    count: fn(Contender, usize, usize) -> Result<f64, Failure>,
+    count: impl Fn(Contender, usize, usize) -> Result<f64, Failure>,
 ) -> Result<f64, Failure> {
     let [few, many] = CALLS.map(|calls| calls / concurrency);
     let few_counted = count(contender, concurrency, few)?;
@@ -106,15 +117,20 @@ fn per_call(
     Ok((many_counted - few_counted) / calls as f64)
 }
 
-fn instructions(contender: Contender, concurrency: usize, calls: usize) -> Result<f64, Failure> {
+fn instructions(
+    contender: Contender,
+    extra: Extra,
+    concurrency: usize,
+    calls: usize,
+) -> Result<f64, Failure> {
     let tool = ["--tool=callgrind", "--callgrind-out-file=/dev/null"];
-    let said = valgrind(&tool, contender, concurrency, calls)?;
+    let said = valgrind(&tool, contender, extra, concurrency, calls)?;
     number_after(&said, "Collected : ")
 }
 
 fn allocations(contender: Contender, concurrency: usize, calls: usize) -> Result<f64, Failure> {
     let tool = ["--tool=memcheck", "--undef-value-errors=no"];
-    let said = valgrind(&tool, contender, concurrency, calls)?;
+    let said = valgrind(&tool, contender, Extra::None, concurrency, calls)?;
     number_after(&said, "total heap usage: ")
 }
 
@@ -122,6 +138,7 @@ fn allocations(contender: Contender, concurrency: usize, calls: usize) -> Result
 fn valgrind(
     tool: &[&str],
     contender: Contender,
+    extra: Extra,
     concurrency: usize,
     calls: usize,
 ) -> Result<String, Failure> {
@@ -132,6 +149,7 @@ fn valgrind(
         .args(["--contender", contender.name()])
         .args(["--concurrency", &concurrency.to_string()])
         .args(["--calls", &calls.to_string()])
+        .args(["--extra", &extra.to_string()])
         .output()
         .map_err(|error| format!("valgrind: {error}"))?;
     let said = String::from_utf8_lossy(&output.stderr).into_owned();

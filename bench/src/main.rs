@@ -5,6 +5,7 @@ mod args;
 mod brokers;
 mod contenders;
 mod cpu;
+mod features;
 mod flat;
 mod idle;
 mod instructions;
@@ -45,6 +46,7 @@ fn run(args: Args) -> Result<(), Failure> {
         Some(Command::HotPath(path)) => roles::runtime(1)?.block_on(roles::hot_path(&path)),
         Some(Command::Idle(idle)) => roles::runtime(1)?.block_on(idle::run(&idle)),
         Some(Command::Flat(flat)) => roles::runtime(1)?.block_on(flat::run(&flat)),
+        Some(Command::Features(features)) => roles::runtime(1)?.block_on(features::run(&features)),
         Some(Command::OpenLoop(open)) => roles::runtime(1)?.block_on(open_loop::run(&open)),
         Some(Command::Instructions(counts)) => instructions::run(&counts),
         None => roles::runtime(1)?.block_on(rounds::run(&args.rounds)),

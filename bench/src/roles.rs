@@ -5,7 +5,7 @@ use tokio::runtime::{Builder, Runtime};
 
 use crate::Failure;
 use crate::args::{HotPath, Role};
-use crate::contenders::Measure;
+use crate::contenders::{Extra, Measure};
 use crate::load::{self, Arrivals, Caller, Point};
 use crate::open_load;
 
@@ -48,21 +48,37 @@ pub(crate) async fn call(role: &Role) -> Result<(), Failure> {
 
 /// Calls so often, and ends: whoever watches from outside compares two numbers of calls.
 pub(crate) async fn hot_path(hot_path: &HotPath) -> Result<(), Failure> {
-    let service = "hot-path".to_owned();
-    let role = Role::plain(hot_path.contender, String::new(), service, 1, 256);
-    hot_path
-        .contender
-        .call(&role.place(), Often(hot_path))
-        .await
+    let service = format!("hot-path-{}", std::process::id());
+    let role = Role {
+        extra: hot_path.extra,
+        ..Role::plain(hot_path.contender, String::new(), service, 1, 256)
+    };
+    let called = call_often(&role, hot_path.concurrency, hot_path.calls).await;
+    // Mostly there is none.
+    let _ = std::fs::remove_file(Extra::outbox(&role.service));
+    called
 }
 
-struct Often<'a>(&'a HotPath);
+/// Makes so many calls, each of so many callers, and nothing else.
+pub(crate) async fn call_often(
+    role: &Role,
+    concurrency: usize,
+    calls: usize,
+) -> Result<(), Failure> {
+    let often = Often { concurrency, calls };
+    role.contender.call(&role.place(), often).await
+}
 
-impl Measure for Often<'_> {
+struct Often {
+    concurrency: usize,
+    calls: usize,
+}
+
+impl Measure for Often {
     type Output = ();
 
     async fn with(self, caller: impl Caller) -> Result<(), Failure> {
-        load::call_often(caller, self.0.concurrency, self.0.calls).await
+        load::call_often(caller, self.concurrency, self.calls).await
     }
 }
 

@@ -1,6 +1,7 @@
 //! Who is measured: floors, peers and ours, one file each.
 
 mod amqp;
+mod extra;
 mod memory;
 mod nats;
 mod ours;
@@ -18,6 +19,7 @@ use crate::Failure;
 use crate::load::Caller;
 
 pub(crate) use amqp::QueueKind;
+pub(crate) use extra::Extra;
 pub(crate) use ours::Body;
 pub(crate) use redis_single::Replies;
 
@@ -138,6 +140,8 @@ pub(crate) struct Place {
     pub(crate) clients: usize,
     /// How many of its calls wait for a server that is not there.
     pub(crate) pending: usize,
+    /// What is asked for besides.
+    pub(crate) extra: Extra,
 }
 
 const ON_NODE: &str = "its halves are processes of Node";

@@ -6,7 +6,7 @@ use std::time::Duration;
 use antiphon::{Client, Connection, Fault, RunningServer, Server, ServiceName};
 use bytes::Bytes;
 
-use super::{Place, Serving};
+use super::{Extra, Place, Serving};
 use crate::Failure;
 use crate::load::Caller;
 
@@ -27,6 +27,7 @@ pub(super) struct Ours {
     _others: Arc<[Client]>,
     service: ServiceName,
     body: Body,
+    extra: Extra,
 }
 
 impl Caller for Ours {
@@ -34,13 +35,14 @@ impl Caller for Ours {
         match self.body {
             Body::Bytes => {
                 let call = self.client.call_raw(self.service.clone(), body);
-                Ok(call.await?.body.len())
+                Ok(self.extra.call(call).await?.body.len())
             }
             Body::Json => {
                 let text = std::str::from_utf8(&body)?;
                 // The quotes belong to the body.
                 let text = text.get(2..).unwrap_or_default();
-                let reply: String = self.client.call(self.service.clone(), text).await?;
+                let call = self.client.call(self.service.clone(), text);
+                let reply: String = self.extra.call(call).await?;
                 Ok(reply.len() + 2)
             }
         }
@@ -65,6 +67,7 @@ pub(super) async fn client(place: &Place, body: Body) -> Result<Ours, Failure> {
         _others: others.into(),
         service: ServiceName::new(&place.service)?,
         body,
+        extra: place.extra,
     })
 }
 
@@ -111,6 +114,7 @@ pub(super) async fn in_memory(place: &Place, body: Body) -> Result<Ours, Failure
 }
 
 async fn start(server: Server, place: &Place, body: Body) -> Result<RunningServer, Failure> {
+    let server = place.extra.server(server, &place.service);
     let mut server = server.prefetch(place.prefetch.into());
     for number in 0..place.services {
         let service = match number {

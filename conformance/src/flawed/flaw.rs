@@ -184,6 +184,7 @@ flaws! {
         "exclusive/next_gets_in_after_a_close",
         "exclusive/next_gets_in_after_a_kill", "standby/standby_takes_over_after_a_kill", "standby/standby_stops_while_it_waits",
         "standby/standby_owns_a_second_time",
+        "standby/standby_answers_for_nobody",
     ],
 
     /// An owner that lives keeps its service, whoever would take over.
@@ -233,7 +234,8 @@ flaws! {
     GivesUp => [
         "exclusive/owner_survives_a_cut",
         "reconnect/server_heals",
-        "reconnect/server_heals_with_work_in_hand", "clutch/finished_replies_are_sent_later"
+        "reconnect/server_heals_with_work_in_hand", "clutch/finished_replies_are_sent_later",
+        "clutch/expired_replies_are_not_sent",
     ],
     /// The state says that all is well, always.
     HidesItsState => ["reconnect/state_tells", "clutch/engagement_is_shown", "clutch/it_gives_up_as_told", "clutch/it_stops_as_told"],

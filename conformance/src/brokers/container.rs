@@ -148,10 +148,15 @@ impl Container {
             error = self.ended() => Err(error),
         };
         match ready {
-            Ok(()) => match &self.tls_authority {
-                Some(authority) => probe::listens(authority, START).await,
-                None => Ok(()),
-            },
+            Ok(()) => {
+                if self.kind == BrokerKind::RabbitMq {
+                    self.ctl(&rabbitmq::BOOTED).await?;
+                }
+                match &self.tls_authority {
+                    Some(authority) => probe::listens(authority, START).await,
+                    None => Ok(()),
+                }
+            }
             Err(error) => {
                 let reason = format!("{error}; its log ends with:\n{}", self.log_tail().await);
                 Err(io::Error::new(error.kind(), reason))

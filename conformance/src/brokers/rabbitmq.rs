@@ -15,6 +15,10 @@ use super::{BrokerOptions, Stop, ports, probe};
 const START: Duration = Duration::from_secs(120);
 const STOPPED: Duration = Duration::from_secs(10);
 const EPMD_START: Duration = Duration::from_secs(10);
+/// Resolves when the node has booted. It takes connections a moment before, in which it drops what is sent to
+/// `amq.rabbitmq.reply-to`: it does not count itself among the nodes that run.
+pub(super) const BOOTED: [&str; 1] = ["await_startup"];
+
 const CTL: Duration = Duration::from_secs(60);
 
 /// How often to try with other ports if somebody else takes one of them.
@@ -126,6 +130,7 @@ impl RabbitMqProcess {
         let kind = super::BrokerKind::RabbitMq;
         let ready = probe::ready(kind, &self.authority(), START, || process.check_alive()).await;
         ready.map_err(|error| self.directory.explain("rabbitmq-server", &error))?;
+        self.ctl(&BOOTED).await?;
         if let Some(authority) = self.tls_authority() {
             probe::listens(&authority, START).await?;
         }

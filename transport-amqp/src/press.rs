@@ -5,6 +5,8 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::pin::pin;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -43,6 +45,9 @@ pub(crate) struct Shared {
     /// What is to be written, in whole frames. Whether a channel is open is changed under its lock too: nothing may follow the
     /// word that it is closed.
     out: Mutex<Vec<u8>>,
+    /// How many bytes the task took from there, and how many of these are written.
+    taken: AtomicU64,
+    written: AtomicU64,
     /// The task, which is woken when there is something to write.
     pub(crate) task: AtomicWaker,
     channels: Mutex<Channels>,
@@ -87,14 +92,7 @@ impl Life for Press {
         };
         let begun = timeout(limit, begun).await;
         let (socket, tuned) = begun.map_err(|_| Failure::TimedOut("connecting"))??;
-        let shared = Arc::new(Shared {
-            out: Mutex::default(),
-            task: AtomicWaker::new(),
-            channels: Mutex::default(),
-            frame_max: tuned.frame_max,
-            channel_max: tuned.channel_max,
-            cut: CancellationToken::new(),
-        });
+        let shared = Arc::new(Shared::new(tuned.frame_max, tuned.channel_max));
         let (ended, over) = watch::channel(None);
         let receiver = blocked.subscribe();
         let roller = Roller::new(socket, Arc::clone(&shared), blocked, tuned.heartbeat);
@@ -149,12 +147,20 @@ impl Press {
     /// Opens a channel to publish on.
     pub(crate) async fn channel(&self) -> Result<PressChannel, Failure> {
         let (opening, opened) = oneshot::channel();
-        let channel = self.shared.enter(opening)?;
-        let opened = async {
+        let (channel, end) = self.shared.enter(opening)?;
+        let mut opened = pin!(async {
             let lost = |_| Failure::Lost("the connection was lost".to_owned());
             opened.await.map_err(lost).flatten()
+        });
+        let opened = loop {
+            let before = self.shared.written.load(Ordering::Relaxed);
+            let opened = bounded("channel.open", opened.as_mut()).await;
+            // While what stands before it is still being written, its time has not begun.
+            let waits = before < end && before < self.shared.written.load(Ordering::Relaxed);
+            if !waits || !matches!(opened, Err(Failure::TimedOut(_))) {
+                break opened;
+            }
         };
-        let opened = bounded("channel.open", opened).await;
         // Nothing but the broker stands behind the answer: none means that the connection is dead. While the broker blocks us it
         // answers nothing, and the connection is well.
         if matches!(opened, Err(Failure::TimedOut(_))) && self.blocked.borrow().is_none() {
@@ -171,19 +177,41 @@ impl Drop for Press {
 }
 
 impl Shared {
-    /// Takes all that is to be written.
-    pub(crate) fn take_out(&self, into: &mut Vec<u8>) {
-        std::mem::swap(&mut *self.out(), into);
+    fn new(frame_max: usize, channel_max: u16) -> Self {
+        Self {
+            out: Mutex::default(),
+            taken: AtomicU64::new(0),
+            written: AtomicU64::new(0),
+            task: AtomicWaker::new(),
+            channels: Mutex::default(),
+            frame_max,
+            channel_max,
+            cut: CancellationToken::new(),
+        }
     }
 
-    /// Has a method written.
-    pub(crate) fn say(&self, id: u16, method: AMQPClass) {
+    /// Takes all that is to be written.
+    pub(crate) fn take_out(&self, into: &mut Vec<u8>) {
+        let mut out = self.out();
+        self.taken.fetch_add(out.len() as u64, Ordering::Relaxed);
+        std::mem::swap(&mut *out, into);
+    }
+
+    /// So many bytes of what was taken are written.
+    pub(crate) fn note_written(&self, count: usize) {
+        self.written.fetch_add(count as u64, Ordering::Relaxed);
+    }
+
+    /// Has a method written, and says how many bytes are written once it is.
+    pub(crate) fn say(&self, id: u16, method: AMQPClass) -> u64 {
         let mut out = self.out();
         if let Err(reason) = wire::put_method(&mut out, id, method) {
             tracing::error!(reason, "a method that cannot be written");
         }
+        let end = self.taken.load(Ordering::Relaxed) + out.len() as u64;
         drop(out);
         self.task.wake();
+        end
     }
 
     /// Has a heartbeat written.
@@ -234,10 +262,11 @@ impl Shared {
         }
     }
 
+    /// A channel on its way, and how many bytes are written once the broker is asked for it.
     fn enter(
         self: &Arc<Self>,
         opening: oneshot::Sender<Result<(), Failure>>,
-    ) -> Result<PressChannel, Failure> {
+    ) -> Result<(PressChannel, u64), Failure> {
         let slip = Arc::new(Slip::new(opening));
         let mut channels = self.channels();
         // An id that was just given back is the last to be given again.
@@ -256,12 +285,13 @@ impl Shared {
         let open = channel::AMQPMethod::Open(channel::Open {});
         let select = confirm::AMQPMethod::Select(confirm::Select { nowait: false });
         self.say(id, AMQPClass::Channel(open));
-        self.say(id, AMQPClass::Confirm(select));
-        Ok(PressChannel {
+        let end = self.say(id, AMQPClass::Confirm(select));
+        let channel = PressChannel {
             id,
             slip,
             shared: Arc::clone(self),
-        })
+        };
+        Ok((channel, end))
     }
 
     fn out(&self) -> MutexGuard<'_, Vec<u8>> {
@@ -366,5 +396,90 @@ impl fmt::Debug for PressChannel {
 impl fmt::Debug for Shared {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Shared").finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::pin::Pin;
+
+    use futures_io::{AsyncRead, AsyncWrite};
+    use futures_util::future::poll_fn;
+    use tokio::time::{Instant, Interval, interval};
+
+    use super::*;
+
+    /// A socket of which nothing comes, and which takes a kilobyte a second; or panics.
+    struct Slow(Option<Interval>);
+
+    impl AsyncRead for Slow {
+        fn poll_read(
+            self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            _: &mut [u8],
+        ) -> Poll<io::Result<usize>> {
+            Poll::Pending
+        }
+    }
+
+    impl AsyncWrite for Slow {
+        fn poll_write(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            bytes: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            let ticks = self.0.as_mut().expect("a socket that works");
+            ticks.poll_tick(cx).map(|_| Ok(bytes.len().min(1024)))
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_close(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    fn roller(shared: &Arc<Shared>, socket: Slow) -> Roller<Slow> {
+        let blocked = watch::Sender::new(None);
+        Roller::new(Socket::new(socket), Arc::clone(shared), blocked, None)
+    }
+
+    #[tokio::test]
+    async fn a_panic_of_its_task_is_the_end_of_the_connection() {
+        let shared = Arc::new(Shared::new(4096, 8));
+        let (opening, opened) = oneshot::channel();
+        let (channel, _) = shared.enter(opening).unwrap();
+        let task = tokio::spawn(roller(&shared, Slow(None)).run(CancellationToken::new()));
+        assert!(task.await.unwrap_err().is_panic());
+        assert!(opened.await.is_err(), "it will not come");
+        let told = poll_fn(|cx| channel.poll_told(cx));
+        timeout(CLOSE_TIMEOUT, told)
+            .await
+            .expect("its owner is woken");
+        assert!(!channel.is_open());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_channel_waits_for_the_bodies_before_it() {
+        let shared = Arc::new(Shared::new(4096, 8));
+        let press = Press {
+            number: 1,
+            shared: Arc::clone(&shared),
+            blocked: watch::channel(None).1,
+            over: watch::channel(None).1,
+        };
+        *shared.out() = vec![0; 60 * 1024];
+        let slow = Slow(Some(interval(Duration::from_secs(1))));
+        let task = tokio::spawn(roller(&shared, slow).run(shared.cut.clone()));
+        let begun = Instant::now();
+        let failure = press.channel().await.unwrap_err();
+        assert!(matches!(failure, Failure::TimedOut(_)), "{failure}");
+        // A minute for the bodies, and then the time that an answer may take.
+        let waited = begun.elapsed().as_secs();
+        assert!((60..75).contains(&waited), "{waited} s");
+        task.await.unwrap();
     }
 }

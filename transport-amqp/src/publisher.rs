@@ -256,9 +256,7 @@ impl Publisher {
                 return self.absent.park(&queue, job);
             }
             (What::Request(request), Fate::Refused)
-                if request.refusals < AGAIN_MAX
-                    && request.exchange.as_str().is_empty()
-                    && !request.expect_responder =>
+                if request.refusals < AGAIN_MAX && !request.expect_responder =>
             {
                 request.refusals += 1;
                 request.came_back = true;

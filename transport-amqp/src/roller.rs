@@ -47,6 +47,13 @@ pub(crate) struct Roller<S> {
     pulse: Option<Pulse>,
 }
 
+impl<S> Drop for Roller<S> {
+    /// However its task ends, by a panic too: nobody is to publish into the void, or to wait for what is not said any more.
+    fn drop(&mut self) {
+        self.shared.end();
+    }
+}
+
 /// Heartbeats, both ways.
 struct Pulse {
     halves: Interval,
@@ -82,9 +89,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Roller<S> {
             self.shared.take_out(&mut self.socket.output);
             let _ = poll_fn(|cx| Poll::Ready(self.socket.poll_write(cx))).await;
         }
-        let reason = rolled.unwrap_or_else(|| "the broker does not answer".to_owned());
-        self.shared.end();
-        reason
+        rolled.unwrap_or_else(|| "the broker does not answer".to_owned())
     }
 
     /// Ready, with the reason, when it is over.
@@ -118,9 +123,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Roller<S> {
                     return self.socket.flush(cx);
                 }
             }
+            let before = self.socket.written;
             if self.socket.poll_write(cx)?.is_pending() {
                 return Ok(());
             }
+            self.shared.note_written(self.socket.written - before);
             if let Some(pulse) = &mut self.pulse {
                 pulse.said = true;
             }

@@ -1,4 +1,4 @@
-//! Sends requests: one task takes whatever has piled up, publishes it, and tells each sender what became of it.
+//! Sends requests: one task (and one for what is said to every server) takes whatever has piled up, publishes it, and tells each sender what became of it.
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
@@ -273,6 +273,15 @@ impl Publisher {
                 "the request's headers do not fit into a frame that the broker takes",
             )
             .with_executed(request.executed())),
+            (What::Request(request), Fate::Lost { refused: true })
+                if !request.exchange.as_str().is_empty() =>
+            {
+                let message = format!(
+                    "the broker refused it: it takes the right to write to {}",
+                    request.exchange
+                );
+                Err(Error::maybe_executed(ErrorKind::Broker, message))
+            }
             (What::Request(_), Fate::Lost { .. }) => Err(Error::maybe_executed(
                 ErrorKind::ConnectionLost,
                 "the connection was lost before the broker accepted the request",

@@ -52,7 +52,11 @@ pub struct AmqpTransport {
     claims: Arc<Claims>,
     refused: Arc<Refused>,
     prober: Arc<Prober>,
+    /// Open while inboxes are live.
+    gate: watch::Receiver<bool>,
     jobs: mpsc::UnboundedSender<Job>,
+    /// What is for every server of a service, from the first on: who may not say it loses the channel, with all that it waits for there.
+    broadcasts: OnceLock<mpsc::UnboundedSender<Job>>,
     state: watch::Receiver<ConnectionState>,
     undeliverable: Arc<AtomicU64>,
     shutdown: Shutdown,
@@ -94,13 +98,15 @@ impl AmqpTransport {
         let (jobs, job_receiver) = mpsc::unbounded_channel();
         let publisher = Publisher::new(
             publish.clone(),
-            gate_receiver,
+            gate_receiver.clone(),
             job_receiver,
             Arc::clone(&prober),
             shutdown.tasks_token.clone(),
         );
         shutdown.tasks.spawn(publisher.run());
         Ok(Self {
+            gate: gate_receiver,
+            broadcasts: OnceLock::new(),
             runtime: Handle::current(),
             prober,
             publish,
@@ -199,6 +205,21 @@ impl AmqpTransport {
         let _ = self.jobs.send(job);
     }
 
+    fn broadcasts(&self) -> &mpsc::UnboundedSender<Job> {
+        self.broadcasts.get_or_init(|| {
+            let (jobs, receiver) = mpsc::unbounded_channel();
+            let publisher = Publisher::new(
+                self.publish.clone(),
+                self.gate.clone(),
+                receiver,
+                Arc::clone(&self.prober),
+                self.shutdown.tasks_token.clone(),
+            );
+            self.spawn(publisher.run());
+            jobs
+        })
+    }
+
     fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
         self.shutdown.tasks.spawn_on(task, &self.runtime);
     }
@@ -223,7 +244,7 @@ impl Transport for AmqpTransport {
         request: Request,
     ) -> Result<Option<usize>, Error> {
         self.check_open()?;
-        broadcast(&self.prober, &self.jobs, service, request).await
+        broadcast(&self.prober, self.broadcasts(), service, request).await
     }
 
     async fn withdraw(&self, _service: &ServiceName, _id: &CorrelationId) -> Result<bool, Error> {

@@ -57,6 +57,7 @@ fn main() -> ExitCode {
         queues::a_backlog_that_went_elsewhere_is_forgotten,
         said::who_has_joined_hears_it,
         said::an_inbox_that_comes_back_has_joined,
+        said::who_may_not_say_it_costs_no_neighbour,
         said::a_reply_to_an_inbox_that_is_gone_is_told,
         said::who_stands_by_leaves_nothing_behind,
         said::a_plain_call_costs_no_further_command,

@@ -70,6 +70,38 @@ pub(crate) async fn who_has_joined_hears_it(bench: Bench) {
     crate::bench::eventually("its binding goes with it", gone).await;
 }
 
+/// The broker closes the channel of who publishes without the right to.
+pub(crate) async fn who_may_not_say_it_costs_no_neighbour(bench: Bench) -> Verdict {
+    let user = fresh("mute");
+    bench.ctl(&["add_user", &user, "secret"]).await?;
+    let everything_else = "^(?!amq\\.direct$).*";
+    let rights = ["set_permissions", &user, ".*", everything_else, ".*"];
+    bench.ctl(&rights).await?;
+    let service = service();
+    let _server = bench.fib(service.as_str()).await;
+    let url = bench
+        .broker
+        .url()
+        .replace("guest:guest", &format!("{user}:secret"));
+    let config = AmqpConfig::from_url(&url).unwrap();
+    let transport: Arc<dyn Transport> = Arc::new(AmqpTransport::connect(config).await.unwrap());
+    let client = Client::open(Arc::clone(&transport), ClientConfig::default());
+    let client = client.await.unwrap();
+    for _ in 0..10 {
+        let calls = (0..32).map(|_| client.call_raw(service.as_str(), "7").into_future());
+        let (replies, refused) = tokio::join!(
+            futures_util::future::join_all(calls),
+            transport.broadcast(&service, word()),
+        );
+        for reply in replies {
+            assert_eq!(&reply.unwrap().body[..], b"13");
+        }
+        assert_eq!(refused.unwrap_err().kind(), ErrorKind::Broker);
+    }
+    bench.ctl(&["delete_user", &user]).await?;
+    Ok(())
+}
+
 pub(crate) async fn an_inbox_that_comes_back_has_joined(bench: Bench) -> Verdict {
     let (service, later) = (service(), service());
     let transport = bench.connect().await;

@@ -211,17 +211,14 @@ impl Desk {
         let Some(hand_over) = served.and_then(|served| served.owned.present()) else {
             return;
         };
-        let reply = Reply {
-            node: Some(self.node.clone()),
-            ..Reply::value(request.id.clone(), Bytes::new())
-        };
-        let (transport, to) = (Arc::clone(&self.transport), request.reply_to.clone());
+        let reply = Reply::value(request.id.clone(), Bytes::new());
+        let saying = self.saying(request, reply);
         // Not one of the handlers: those are waited for before it is free.
         tokio::spawn(async move {
             hand_over.asked.cancel();
             hand_over.done.cancelled().await;
-            if let Some(to) = to {
-                send(&*transport, to, reply).await;
+            if let Some(saying) = saying {
+                saying.await;
             }
         });
     }

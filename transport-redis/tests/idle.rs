@@ -151,15 +151,21 @@ async fn work_of_which_nobody_told_is_found_while_others_are_rung_for() {
     let _loud = server.subscribe(&loud, options).await.unwrap();
     let mut subscription = server.subscribe(&silent, options).await.unwrap();
     let (mut plain, mut other) = (broker.plain().await, broker.plain().await);
+    // Past the first look.
+    is_quiet(&mut plain).await;
+    let (rung, ring) = tokio::sync::oneshot::channel();
     let ringing = tokio::spawn(async move {
+        let mut rung = Some(rung);
         loop {
             let bell = format!("{{{loud}}}:bell");
             let _: () = other.zadd(bell, "1", 0).await.unwrap();
+            if let Some(rung) = rung.take() {
+                rung.send(()).unwrap();
+            }
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
     });
-    // Past the first look.
-    tokio::time::sleep(Duration::from_secs(1)).await;
+    within("a ring", ring).await.unwrap();
     let since = std::time::Instant::now();
     let queue = format!("{{{silent}}}:q");
     let _: () = plain.rpush(queue, "{\"id\":\"7\"}\nx").await.unwrap();

@@ -6,20 +6,18 @@
 //! node, `ct`, `h`, `at`, for a fault `err` and `ran`, for a signal `sig`. What has its default is left out; what is not known
 //! is ignored.
 
-use std::borrow::Cow;
-use std::fmt::{self, Write as _};
+use std::fmt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use antiphon_core::{
-    ContentType, CorrelationId, Deadline, Error, Executed, Fault, Headers, Method, Node, Outcome,
-    Reply, ReplyAddress, Request, ServiceName, Signal, Signals,
+    ContentType, CorrelationId, Deadline, Error, Executed, Headers, Method, Node, Outcome, Reply,
+    ReplyAddress, Request, ServiceName, Signal, Signals,
 };
 use bytes::{Buf, Bytes};
-use serde::de::{MapAccess, Visitor};
-use serde::{Deserialize, Deserializer};
 
+use crate::head::{Line, Pairs, ReplyHead, RequestHead, write_text};
 use crate::naming;
-use crate::scan::{self, Flat};
+use crate::scan;
 
 const VERSION: u32 = 1;
 
@@ -318,229 +316,9 @@ fn bad(line: &[u8], reason: &dyn fmt::Display) -> BadFrame {
     }
 }
 
-#[derive(Deserialize)]
-struct RequestHead<'a> {
-    #[serde(default)]
-    v: Option<u32>,
-    #[serde(borrow)]
-    id: Cow<'a, str>,
-    #[serde(borrow, default)]
-    to: Option<Cow<'a, str>>,
-    #[serde(default)]
-    exp: Option<u64>,
-    #[serde(default)]
-    ttl: Option<u64>,
-    #[serde(default)]
-    of: Option<u64>,
-    #[serde(borrow, default)]
-    m: Option<Cow<'a, str>>,
-    #[serde(borrow, default)]
-    ct: Option<Cow<'a, str>>,
-    #[serde(borrow, default)]
-    h: Pairs<'a>,
-    #[serde(borrow, default)]
-    at: Option<Cow<'a, str>>,
-}
-
-impl<'a> RequestHead<'a> {
-    fn of(flat: Flat<'a>) -> Option<Self> {
-        Some(Self {
-            v: flat.version.map(u32::try_from).transpose().ok()?,
-            id: flat.id?.into(),
-            to: flat.to.map(Cow::from),
-            exp: flat.exp,
-            ttl: flat.ttl,
-            of: None,
-            m: flat.method.map(Cow::from),
-            ct: flat.content_type.map(Cow::from),
-            h: Pairs::default(),
-            at: flat.apart.map(Cow::from),
-        })
-    }
-}
-
-#[derive(Deserialize)]
-struct ReplyHead<'a> {
-    #[serde(default)]
-    v: Option<u32>,
-    #[serde(borrow)]
-    id: Cow<'a, str>,
-    #[serde(default)]
-    err: Option<Fault>,
-    #[serde(borrow, default)]
-    ran: Option<Cow<'a, str>>,
-    #[serde(default)]
-    sig: Option<serde_json::Value>,
-    #[serde(borrow, default)]
-    n: Option<Cow<'a, str>>,
-    /// Of a request only.
-    #[serde(borrow, default)]
-    s: Option<Cow<'a, str>>,
-    #[serde(borrow, default)]
-    ct: Option<Cow<'a, str>>,
-    #[serde(borrow, default)]
-    h: Pairs<'a>,
-    #[serde(borrow, default)]
-    at: Option<Cow<'a, str>>,
-}
-
-impl<'a> ReplyHead<'a> {
-    fn of(flat: Flat<'a>) -> Option<Self> {
-        Some(Self {
-            v: flat.version.map(u32::try_from).transpose().ok()?,
-            id: flat.id?.into(),
-            err: None,
-            ran: None,
-            sig: None,
-            n: None,
-            s: None,
-            ct: flat.content_type.map(Cow::from),
-            h: Pairs::default(),
-            at: flat.apart.map(Cow::from),
-        })
-    }
-}
-
-/// A JSON object of texts, in its order.
-#[derive(Default)]
-struct Pairs<'a>(Vec<(Cow<'a, str>, Cow<'a, str>)>);
-
-/// A text that is borrowed where it can be: `Cow` alone is always copied inside other types.
-#[derive(Deserialize)]
-struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
-
-impl<'de: 'a, 'a> Deserialize<'de> for Pairs<'a> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct PairsVisitor;
-
-        impl<'de> Visitor<'de> for PairsVisitor {
-            type Value = Pairs<'de>;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an object of texts")
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-                let mut pairs = Vec::new();
-                while let Some((Text(name), Text(value))) = map.next_entry()? {
-                    pairs.push((name, value));
-                }
-                Ok(Pairs(pairs))
-            }
-        }
-
-        deserializer.deserialize_map(PairsVisitor)
-    }
-}
-
-/// The line of JSON, as it is written.
-struct Line<'a>(&'a mut Vec<u8>);
-
-impl<'a> Line<'a> {
-    fn new(id: &CorrelationId, out: &'a mut Vec<u8>) -> Self {
-        out.extend_from_slice(b"{\"v\":1,\"id\":");
-        id.with_str(|id| write_text(out, id));
-        Self(out)
-    }
-
-    /// Without the version, by which its writer says that it understands signals.
-    fn of_plain_peer(id: &CorrelationId, out: &'a mut Vec<u8>) -> Self {
-        out.extend_from_slice(b"{\"id\":");
-        id.with_str(|id| write_text(out, id));
-        Self(out)
-    }
-
-    fn text(&mut self, name: &str, value: &str) {
-        self.name(name);
-        write_text(self.0, value);
-    }
-
-    fn number(&mut self, name: &str, value: u64) {
-        self.name(name);
-        write_number(self.0, value);
-    }
-
-    fn raw(&mut self, name: &str, json: &[u8]) {
-        self.name(name);
-        self.0.extend_from_slice(json);
-    }
-
-    fn common(
-        &mut self,
-        content_type: Option<&ContentType>,
-        headers: &Headers,
-        apart: Option<&str>,
-    ) {
-        if let Some(content_type) = content_type {
-            self.text("ct", content_type.as_str());
-        }
-        if !headers.is_empty() {
-            self.name("h");
-            for (index, (name, value)) in headers.iter().enumerate() {
-                self.0.push(if index == 0 { b'{' } else { b',' });
-                write_text(self.0, name);
-                self.0.push(b':');
-                write_text(self.0, value);
-            }
-            self.0.push(b'}');
-        }
-        if let Some(id) = apart {
-            self.text("at", id);
-        }
-    }
-
-    fn end(self, body: &[u8]) {
-        self.0.extend_from_slice(b"}\n");
-        self.0.extend_from_slice(body);
-    }
-
-    fn name(&mut self, name: &str) {
-        self.0.extend_from_slice(b",\"");
-        self.0.extend_from_slice(name.as_bytes());
-        self.0.extend_from_slice(b"\":");
-    }
-}
-
-/// Writes the digits of a number, without the machinery of `fmt`.
-fn write_number(out: &mut Vec<u8>, mut value: u64) {
-    let start = out.len();
-    loop {
-        // A digit always fits.
-        out.push(b'0' + (value % 10) as u8);
-        value /= 10;
-        if value == 0 {
-            break;
-        }
-    }
-    out[start..].reverse();
-}
-
-/// Writes a JSON string.
-fn write_text(out: &mut Vec<u8>, text: &str) {
-    out.push(b'"');
-    if text
-        .bytes()
-        .all(|byte| byte >= b' ' && byte != b'"' && byte != b'\\')
-    {
-        out.extend_from_slice(text.as_bytes());
-    } else {
-        let mut escaped = String::with_capacity(text.len() + 8);
-        for character in text.chars() {
-            match character {
-                '"' | '\\' => escaped.extend(['\\', character]),
-                // Writing to a string cannot fail.
-                control if control < ' ' => drop(write!(escaped, "\\u{:04x}", u32::from(control))),
-                plain => escaped.push(plain),
-            }
-        }
-        out.extend_from_slice(escaped.as_bytes());
-    }
-    out.push(b'"');
-}
-
 #[cfg(test)]
 mod tests {
-    use antiphon_core::Code;
+    use antiphon_core::{Code, Fault};
 
     use super::*;
 

@@ -11,6 +11,7 @@ mod error;
 mod frame;
 #[cfg(feature = "conformance")]
 mod harness;
+mod head;
 mod inbox;
 mod inbox_reader;
 mod isolation;

@@ -21,6 +21,10 @@ pub(crate) const PROMPT: Duration = Duration::from_secs(5);
 /// How much later than its deadline a call may end.
 pub(crate) const LATE: Duration = Duration::from_millis(250);
 
+/// The bound within which a handler learns that its caller has given up: far below the heartbeats by which it learns that its
+/// caller is gone.
+pub(crate) const TOLD: Duration = Duration::from_secs(1);
+
 /// For how long a case watches for what must not happen.
 pub(crate) const QUIET: Duration = Duration::from_millis(300);
 

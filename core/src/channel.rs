@@ -1,15 +1,20 @@
 //! A coordinated channel: many tasks out, a private stream of results back, each acknowledged.
 
 use std::collections::VecDeque;
+use std::future::poll_fn;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use futures_util::stream::Stream;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use crate::call::Call;
 use crate::client::Client;
 use crate::config::ClientConfig;
+use crate::envelope::Reply;
 use crate::error::{Error, ErrorKind};
 use crate::name::ServiceName;
 
@@ -72,8 +77,8 @@ impl ChannelOptions {
                 ready: VecDeque::new(),
                 outstanding: 0,
                 closed: false,
+                waker: None,
             }),
-            changed: Notify::new(),
             window: Arc::new(Semaphore::new(self.window)),
         });
         let over = CancellationToken::new();
@@ -96,8 +101,6 @@ impl ChannelOptions {
 #[derive(Debug)]
 struct Shared<M> {
     state: Mutex<State<M>>,
-    /// There is a result, or there will be none.
-    changed: Notify,
     window: Arc<Semaphore>,
 }
 
@@ -109,12 +112,14 @@ struct State<M> {
     outstanding: usize,
     /// No more will be sent.
     closed: bool,
+    /// Who waits for a result, or that there will be none.
+    waker: Option<Waker>,
 }
 
 #[derive(Debug)]
 struct Task<M> {
     metadata: M,
-    outcome: Result<bytes::Bytes, Error>,
+    outcome: Result<Reply, Error>,
     /// Its place in the window, free once it is gone.
     _place: OwnedSemaphorePermit,
 }
@@ -125,9 +130,17 @@ impl<M> Shared<M> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn deliver(&self, task: Task<M>) {
-        self.lock().ready.push_back((Arc::new(task), 0));
-        self.changed.notify_one();
+    /// Changes the state, and has whoever waits look at it.
+    fn change(&self, change: impl FnOnce(&mut State<M>)) {
+        let waker = {
+            let mut state = self.lock();
+            change(&mut state);
+            state.waker.take()
+        };
+        // Not under the lock: it may run code of the user's.
+        if let Some(waker) = waker {
+            waker.wake();
+        }
     }
 }
 
@@ -181,7 +194,7 @@ impl<M: Send + Sync + 'static> TaskSender<M> {
 
     async fn dispatch(
         &self,
-        call: impl FnOnce(&Client, &ServiceName) -> Call<crate::Reply>,
+        call: impl FnOnce(&Client, &ServiceName) -> Call<Reply>,
         metadata: M,
     ) -> Result<(), Error> {
         let place = tokio::select! {
@@ -202,13 +215,14 @@ impl<M: Send + Sync + 'static> TaskSender<M> {
             let outcome = tokio::select! {
                 biased;
                 () = over.cancelled() => return,
-                outcome = call => outcome.map(|reply| reply.body),
+                outcome = call => outcome,
             };
-            shared.deliver(Task {
+            let task = Arc::new(Task {
                 metadata,
                 outcome,
                 _place: place,
             });
+            shared.change(|state| state.ready.push_back((task, 0)));
         });
         Ok(())
     }
@@ -216,13 +230,12 @@ impl<M: Send + Sync + 'static> TaskSender<M> {
 
 impl<M> Drop for TaskSender<M> {
     fn drop(&mut self) {
-        self.shared.lock().closed = true;
-        self.shared.changed.notify_one();
+        self.shared.change(|state| state.closed = true);
     }
 }
 
-/// The half that gets the results, in the order in which they come. Dropping it gives up what is under way, as dropping a call does, and
-/// removes the inbox.
+/// The half that gets the results, in the order in which they come: a [`Stream`], for which [`next`](Self::next) is enough.
+/// Dropping it gives up what is under way, as dropping a call does, and removes the inbox.
 #[derive(Debug)]
 pub struct TaskResults<M> {
     shared: Arc<Shared<M>>,
@@ -243,23 +256,32 @@ impl<M> TaskResults<M> {
     ///
     /// **Cancel safety**: no result is lost by dropping the future.
     pub async fn next(&mut self) -> Option<TaskResult<M>> {
-        loop {
-            {
-                let mut state = self.shared.lock();
-                if let Some((task, deliveries)) = state.ready.pop_front() {
-                    return Some(TaskResult {
-                        task,
-                        deliveries: deliveries + 1,
-                        acknowledged: false,
-                        shared: Arc::clone(&self.shared),
-                    });
-                }
-                if state.closed && state.outstanding == 0 {
-                    return None;
-                }
-            }
-            self.shared.changed.notified().await;
+        poll_fn(|cx| self.poll_result(cx)).await
+    }
+
+    fn poll_result(&mut self, cx: &Context<'_>) -> Poll<Option<TaskResult<M>>> {
+        let mut state = self.shared.lock();
+        if let Some((task, deliveries)) = state.ready.pop_front() {
+            return Poll::Ready(Some(TaskResult {
+                task,
+                deliveries: deliveries + 1,
+                acknowledged: false,
+                shared: Arc::clone(&self.shared),
+            }));
         }
+        if state.closed && state.outstanding == 0 {
+            return Poll::Ready(None);
+        }
+        state.waker = Some(cx.waker().clone());
+        Poll::Pending
+    }
+}
+
+impl<M> Stream for TaskResults<M> {
+    type Item = TaskResult<M>;
+
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<TaskResult<M>>> {
+        self.get_mut().poll_result(cx)
     }
 }
 
@@ -280,12 +302,20 @@ impl<M> TaskResult<M> {
         &self.task.metadata
     }
 
+    /// The whole reply, or why there is none.
+    ///
+    /// # Errors
+    /// Those of a call.
+    pub fn reply(&self) -> Result<&Reply, &Error> {
+        self.task.outcome.as_ref()
+    }
+
     /// The body of the reply, or why there is none.
     ///
     /// # Errors
     /// Those of a call.
     pub fn body(&self) -> Result<&bytes::Bytes, &Error> {
-        self.task.outcome.as_ref()
+        self.reply().map(|reply| &reply.body)
     }
 
     /// The reply, read as JSON.
@@ -312,16 +342,13 @@ impl<M> TaskResult<M> {
 
 impl<M> Drop for TaskResult<M> {
     fn drop(&mut self) {
-        {
-            let mut state = self.shared.lock();
+        self.shared.change(|state| {
             if self.acknowledged {
                 state.outstanding -= 1;
             } else {
-                state
-                    .ready
-                    .push_back((Arc::clone(&self.task), self.deliveries));
+                let again = (Arc::clone(&self.task), self.deliveries);
+                state.ready.push_back(again);
             }
-        }
-        self.shared.changed.notify_one();
+        });
     }
 }

@@ -6,18 +6,23 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::timeout_at;
+use tokio::time::{Instant, timeout_at};
 
 use crate::call::Call;
-use crate::envelope::{Deadline, Outcome, Reply, Request};
+use crate::client::Client;
+use crate::envelope::{CorrelationId, Deadline, Outcome, Reply, Request};
 use crate::error::{Error, Executed};
 use crate::exchange::{Exchange, deadline_exceeded};
-use crate::listeners::Wants;
-use crate::name::Node;
-use crate::pending::{Ended, Entered};
+use crate::given_up::Lost;
+use crate::listeners::{Listening, Wants};
+use crate::name::{Node, ServiceName};
+use crate::pending::{Ended, Entered, Slot};
 use crate::signal::Signal;
 
 /// A request to every live server of a service; see [`Client::ask_all`](crate::Client::ask_all).
+///
+/// Dropping it, or its future, gives it up, as a call: the [cancellation](crate::Context::cancellation) of the handlers that run
+/// for it fires. So does that of those who have not answered when enough have.
 #[must_use = "nobody is asked before it is awaited"]
 #[derive(Debug)]
 pub struct AskAll<Out> {
@@ -32,7 +37,7 @@ pub struct AskAll<Out> {
 pub struct Gathered<Out> {
     /// What each said, in the order of their coming.
     pub answers: Vec<Answer<Out>>,
-    /// Those that took the request and did not answer in time.
+    /// Those that took the request and had not answered when it ended: in time, or when enough had.
     pub silent: Vec<Node>,
     /// How many more there are, by the broker's account, of which nothing was heard: perhaps they have just died.
     pub unheard: usize,
@@ -136,13 +141,28 @@ impl<Out> Gathering<'_, Out> {
         } = client.pending().enter(id, started, ends)?;
         let deadline = Deadline { at, budget };
         self.exchange.address(Some(address), deadline);
+        let mut asked = Asked {
+            client,
+            service: self.exchange.service.clone(),
+            id: self.exchange.request.id.clone(),
+            deadline: ends,
+            is_unwanted: true,
+        };
+        let result = self.gather(&mut listening, &mut slot).await;
+        asked.is_unwanted = result.is_ok() && !self.is_complete();
+        result.map(|()| self.finish())
+    }
+
+    /// Asks, and hears who answers, until there is nothing more to wait for.
+    async fn gather(&mut self, listening: &mut Listening, slot: &mut Slot) -> Result<(), Error> {
         let request = Request::clone(self.exchange.request);
-        let sent = client.transport().broadcast(self.exchange.service, request);
+        let transport = self.exchange.client.transport();
+        let sent = transport.broadcast(self.exchange.service, request);
         let Ok(sent) = timeout_at(self.exchange.deadline, sent).await else {
             return Err(deadline_exceeded(self.exchange.started, Executed::Maybe));
         };
         self.expected = sent?;
-        while !self.is_complete() {
+        while !self.is_complete() && self.answers.len() < self.at_most {
             tokio::select! {
                 biased;
                 reply = listening.recv() => self.hear(reply),
@@ -153,14 +173,14 @@ impl<Out> Gathering<'_, Out> {
                 },
             }
         }
-        Ok(self.finish())
+        Ok(())
     }
 
+    /// True if all have answered that are there.
     fn is_complete(&self) -> bool {
         let heard = self.heard.values().map(Heard::count).sum::<usize>();
-        let all = self.expected.is_some_and(|expected| heard >= expected)
-            && self.heard.values().all(|heard| heard.silent() == 0);
-        all || self.answers.len() >= self.at_most
+        self.expected.is_some_and(|expected| heard >= expected)
+            && self.heard.values().all(|heard| heard.silent() == 0)
     }
 
     fn hear(&mut self, reply: Arc<Reply>) {
@@ -204,6 +224,27 @@ impl<Out> Gathering<'_, Out> {
             answers: self.answers,
             silent,
             unheard,
+        }
+    }
+}
+
+/// A request that not all have answered yet. If nobody waits for the rest any more, those that run it are told.
+struct Asked<'a> {
+    client: &'a Client,
+    service: ServiceName,
+    id: CorrelationId,
+    deadline: Instant,
+    is_unwanted: bool,
+}
+
+impl Drop for Asked<'_> {
+    fn drop(&mut self) {
+        if self.is_unwanted {
+            self.client.given_up().add(Lost {
+                service: self.service.clone(),
+                id: self.id.clone(),
+                deadline: self.deadline,
+            });
         }
     }
 }

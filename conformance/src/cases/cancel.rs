@@ -26,9 +26,6 @@ cases!("cancel": [
     pickup_times_out_behind_a_busy_server: G5,
 ]);
 
-/// The bound within which a handler learns that its caller has given up.
-const TOLD: Duration = Duration::from_secs(1);
-
 /// A request takes its time to its queue, and no transport says when it is there. Given up before, it is not sent at all,
 /// which is a lesser test and no failure.
 async fn queued() {

@@ -1,6 +1,8 @@
 //! A coordinated channel: many tasks out, a private stream of results back.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use antiphon_core::{Client, Context, Fault, Server, ServiceName, TaskResults};
@@ -22,6 +24,7 @@ cases!("channels": [
     lost_server_does_not_hang_it: G1,
     many_in_order: G1,
     many_as_completed: G1,
+    many_are_no_more_than_wanted: G7,
 ]);
 
 async fn echo(body: Bytes) -> Result<Bytes, Fault> {
@@ -153,7 +156,7 @@ async fn dropped_results_release_everything(bench: Bench) -> Verdict {
         .await?
         .flatten();
     drop(results);
-    within("the task's handler is cancelled", PROMPT, words.recv()).await?;
+    within("the task's handler is cancelled", TOLD + LATE, words.recv()).await?;
     let refused_send = within("send a task to nobody", PROMPT, sender.send_raw("1", 1)).await?;
     is_error(
         "send a task to nobody",
@@ -334,4 +337,64 @@ async fn many_as_completed(bench: Bench) -> Verdict {
 
 fn none() -> antiphon_core::Error {
     antiphon_core::Error::not_executed(antiphon_core::ErrorKind::Closed, "there is no output")
+}
+
+/// As many inputs are taken and as many handlers run as may be under way; dropped, those are cancelled, and no more are sent.
+async fn many_are_no_more_than_wanted(bench: Bench) -> Verdict {
+    const AT_ONCE: u32 = 4;
+    const ANSWERED: u32 = 20;
+    let service = bench.service("wanted")?;
+    let (says, mut words) = mpsc::unbounded_channel();
+    let hang = move |body: Bytes, context: Context| {
+        let says = says.clone();
+        async move {
+            let input = String::from_utf8_lossy(&body).parse::<u32>();
+            if input.is_ok_and(|input| input >= ANSWERED) {
+                // The case may have ended.
+                let _ = says.send("started");
+                context.cancellation().cancelled().await;
+                let _ = says.send("cancelled");
+            }
+            Ok::<_, Fault>(body)
+        }
+    };
+    let _server = start(bench.server().await?.handle_raw(&service, hang)).await?;
+    let client = bench.client().await?;
+    let taken = Arc::new(AtomicU32::new(0));
+    let counted = Arc::clone(&taken);
+    let inputs = (0_u32..).map(move |input| {
+        counted.fetch_add(1, Ordering::SeqCst);
+        input.to_string()
+    });
+    let mut outputs = client
+        .call_many_raw(&service, inputs)
+        .concurrency(AT_ONCE as usize)
+        .in_order();
+    for expected in 0..ANSWERED {
+        let output = within("an output", PROMPT, outputs.next()).await?;
+        let reply = ok("an output", async { output.unwrap_or_else(|| Err(none())) }).await?;
+        body_is("an output", &reply.body, expected.to_string())?;
+    }
+    // It works while it is polled. This one never comes.
+    let next = tokio::time::timeout(2 * QUIET, outputs.next()).await;
+    ensure("the next output", next.is_err(), "its handler hangs")?;
+    for _ in 0..AT_ONCE {
+        let word = within("a handler starts", PROMPT, words.recv()).await?;
+        same("what a handler says", word, Some("started"))?;
+    }
+    same(
+        "how many inputs were taken",
+        taken.load(Ordering::SeqCst),
+        ANSWERED + AT_ONCE,
+    )?;
+    drop(outputs);
+    for _ in 0..AT_ONCE {
+        let word = within("a handler is cancelled", TOLD + LATE, words.recv()).await?;
+        same("what a handler says", word, Some("cancelled"))?;
+    }
+    same(
+        "how many inputs were taken in the end",
+        taken.load(Ordering::SeqCst),
+        ANSWERED + AT_ONCE,
+    )
 }

@@ -3,8 +3,9 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use antiphon_core::{Code, ErrorKind, Executed, Fault, RunningServer, ServiceName};
+use antiphon_core::{Code, Context, ErrorKind, Executed, Fault, RunningServer, ServiceName};
 use bytes::Bytes;
+use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use crate::bench::*;
@@ -16,6 +17,8 @@ cases!("nodes": [
     all_answer: G1,
     silent_node_is_named: G1,
     enough_is_enough: G1,
+    dropped_gathering_cancels_its_handlers: G7,
+    enough_cancels_the_others: G7,
     nobody_is_there_to_ask: G1,
     faults_are_answers: G5,
     slow_answer_counts_once: G1,
@@ -155,6 +158,79 @@ async fn enough_is_enough(bench: Bench) -> Verdict {
         ok("ask all", asked).await?.answers.len(),
         1,
     )
+}
+
+/// Servers whose handlers end when they are cancelled; each says so by its name, and when it has started.
+async fn patient(
+    bench: &Bench,
+    service: &ServiceName,
+    names: &[&'static str],
+) -> Verdict<(Vec<RunningServer>, Said)> {
+    let (says, said) = mpsc::unbounded_channel();
+    let mut servers = Vec::new();
+    for &name in names {
+        let says = says.clone();
+        let wait = move |body: Bytes, context: Context| {
+            let says = says.clone();
+            async move {
+                // The case may have ended.
+                let _ = says.send((name, "started"));
+                context.cancellation().cancelled().await;
+                let _ = says.send((name, "cancelled"));
+                Ok::<_, Fault>(body)
+            }
+        };
+        let server = bench.server().await?.node(name).handle_raw(service, wait);
+        servers.push(start(server).await?);
+    }
+    Ok((servers, said))
+}
+
+type Said = mpsc::UnboundedReceiver<(&'static str, &'static str)>;
+
+/// Waits until all have said a word, and none another.
+async fn all_say(
+    said: &mut Said,
+    names: &[&'static str],
+    word: &'static str,
+    limit: Duration,
+) -> Verdict {
+    let mut who = BTreeSet::new();
+    while who.len() < names.len() {
+        let step = format!("each handler says that it is {word}");
+        let next = within(&step, limit, said.recv()).await?;
+        let Some((name, said)) = next else { break };
+        same("what a handler says", said, word)?;
+        who.insert(name);
+    }
+    same("who says it", who, names.iter().copied().collect())
+}
+
+async fn dropped_gathering_cancels_its_handlers(bench: Bench) -> Verdict {
+    let service = bench.service("unasked")?;
+    let names = ["one", "two"];
+    let (_servers, mut said) = patient(&bench, &service, &names).await?;
+    let client = bench.client().await?;
+    let asked = tokio::spawn(client.ask_all_raw(&service, "").into_future());
+    all_say(&mut said, &names, "started", PROMPT).await?;
+    asked.abort();
+    all_say(&mut said, &names, "cancelled", TOLD + LATE).await
+}
+
+async fn enough_cancels_the_others(bench: Bench) -> Verdict {
+    let service = bench.service("unneeded")?;
+    let (_patient, mut said) = patient(&bench, &service, &["slow"]).await?;
+    let _quick = nodes(&bench, &service, &["quick"]).await?;
+    let client = bench.client().await?;
+    let asked = client.ask_all_raw(&service, "").at_most(1);
+    let asked = ok("ask all", asked).await?;
+    let who: Vec<_> = asked.answers.iter().map(|a| a.node.as_str()).collect();
+    same("who answered", who, vec!["quick"])?;
+    // It may not have been started yet when it was given up, and then it never is.
+    match tokio::time::timeout(TOLD + LATE, said.recv()).await {
+        Ok(_) => all_say(&mut said, &["slow"], "cancelled", TOLD + LATE).await,
+        Err(_) => Ok(()),
+    }
 }
 
 async fn nobody_is_there_to_ask(bench: Bench) -> Verdict {

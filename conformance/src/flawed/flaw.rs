@@ -253,6 +253,15 @@ flaws! {
         "drain/asked_before_is_answered",
         "drain/given_up_meanwhile_is_told",
     ],
+    /// That requests were given up is told to nobody.
+    LosesGivingUp => [
+        "nodes/dropped_gathering_cancels_its_handlers",
+        "nodes/enough_cancels_the_others",
+        "cancel/dropped_call_cancels_its_handler",
+        "cancel/cancelled_while_running",
+        "channels/dropped_results_release_everything",
+        "channels/many_are_no_more_than_wanted",
+    ],
     /// A broadcast counts one server more than there are.
     MiscountsBroadcasts => ["nodes/all_answer", "nodes/nobody_is_there_to_ask", "nodes/stopped_node_is_not_asked", "nodes/slow_answer_counts_once"],
     /// After a cut, what is broadcast does not arrive any more.

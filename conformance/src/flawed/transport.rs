@@ -9,7 +9,7 @@ use antiphon_core::transport::{
 };
 use antiphon_core::{
     Code, ConnectionState, CorrelationId, Deadline, Error, ErrorKind, Executed, Fault, Headers,
-    Outcome, Reply, ReplyAddress, Request, ServiceName, Ticket, Transport,
+    Method, Outcome, Reply, ReplyAddress, Request, ServiceName, Ticket, Transport,
 };
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -306,6 +306,10 @@ impl Transport for Flawed {
     ) -> Result<Option<usize>, Error> {
         if self.line.has(Flaw::BroadcastsToNobody) {
             return Ok(Some(0));
+        }
+        let method = request.method.as_ref().map(Method::as_str);
+        if self.line.has(Flaw::LosesGivingUp) && method == Some("antiphon.cancel") {
+            return Ok(Some(1));
         }
         let reached = self.line.sound.broadcast(service, request).await?;
         let miscounted = usize::from(self.line.has(Flaw::MiscountsBroadcasts));

@@ -51,3 +51,6 @@ pub use signal::{Signal, Signals};
 pub use ticket::Ticket;
 pub use transport::{ConnectionState, Transport};
 pub use workers::Workers;
+
+// What `Call::cancel_on` takes and `Context::cancellation` gives.
+pub use tokio_util::sync::CancellationToken;

@@ -142,7 +142,10 @@ fn failure<Out>(result: &Result<Gathered<Out>, Error>) -> Option<Error> {
     };
     let silent = gathered.silent.len() + gathered.unheard;
     if silent > 0 {
-        let names: Vec<_> = gathered.silent.iter().map(|node| node.as_str()).collect();
+        let names = gathered.silent.iter().map(|node| node.as_str().to_owned());
+        let unknown = (gathered.unheard > 0)
+            .then(|| format!("{} of which nothing was heard", gathered.unheard));
+        let names: Vec<_> = names.chain(unknown).collect();
         let message = format!("{silent} did not answer in time: {}", names.join(", "));
         return Some(Error::maybe_executed(ErrorKind::DeadlineExceeded, message));
     }

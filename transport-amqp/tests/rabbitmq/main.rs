@@ -47,6 +47,7 @@ fn main() -> ExitCode {
         queues::transient_queues_are_declared_so,
         queues::an_inbox_is_removed_with_its_owner,
         queues::names_of_other_queues_are_refused,
+        queues::a_queue_that_is_full_is_not_said_to_be_safe,
         queues::a_deleted_service_queue_comes_back,
         queues::a_deleted_inbox_is_told_and_comes_back,
         queues::returned_messages_find_their_callers,

@@ -139,6 +139,31 @@ pub(crate) async fn names_of_other_queues_are_refused(bench: Bench) {
     }
 }
 
+pub(crate) async fn a_queue_that_is_full_is_not_said_to_be_safe(bench: Bench) {
+    let plain = bench.plain().await;
+    let service = fresh("full");
+    let mut arguments = of_type("classic");
+    arguments.insert("x-max-length".into(), AMQPValue::LongInt(1));
+    let overflow = AMQPValue::LongString("reject-publish".into());
+    arguments.insert("x-overflow".into(), overflow);
+    assert!(is_declared_as(&plain, &service, arguments).await);
+    let client = bench.client().await;
+    client.notify_raw(service.as_str(), "").await.unwrap();
+    bench.messages(&service, 1).await;
+    // A broker that did not take a request may have given it to somebody all the same.
+    let error = client.call_raw(service.as_str(), "").await.unwrap_err();
+    assert_eq!(
+        (error.kind(), error.executed()),
+        (ErrorKind::Overloaded, Executed::Maybe),
+        "{error}"
+    );
+    // There is room again.
+    let mut consumer = plain.consume(&service, true).await;
+    next(&mut consumer).await;
+    client.notify_raw(service.as_str(), "again").await.unwrap();
+    assert_eq!(next(&mut consumer).await.data, b"again");
+}
+
 pub(crate) async fn a_deleted_service_queue_comes_back(bench: Bench) {
     let service = fresh("deleted");
     let server = Server::new(bench.connect().await).handle_raw(service.as_str(), echo);

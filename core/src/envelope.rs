@@ -103,7 +103,10 @@ impl Deadline {
     /// The deadline that lies `budget` ahead.
     #[must_use]
     pub fn after(budget: Duration) -> Self {
-        let now = SystemTime::now();
+        Self::of(SystemTime::now(), budget)
+    }
+
+    pub(crate) fn of(now: SystemTime, budget: Duration) -> Self {
         Self {
             at: now.checked_add(budget).unwrap_or(now),
             budget,

@@ -59,10 +59,9 @@ impl Exchange<'_> {
             let Entered {
                 mut slot,
                 address,
-                at,
+                wall,
             } = self.client.pending().enter(number, now, self.deadline)?;
-            let deadline = Deadline { at, budget };
-            self.address(Some(address), deadline);
+            self.address(Some(address), Deadline::of(wall, budget));
             let this = &*self;
             let mut outstanding = Outstanding {
                 exchange: this,
@@ -70,7 +69,7 @@ impl Exchange<'_> {
                 is_unwanted: true,
             };
             let ticket = &outstanding.ticket;
-            let attempt = attempt(this.send(&ticket.0), &mut slot);
+            let attempt = this.attempt(&ticket.0, &mut slot);
             let tried = match &mut attention {
                 None => attempt.await,
                 Some(attention) => {
@@ -153,6 +152,32 @@ impl Exchange<'_> {
         }
     }
 
+    async fn attempt(&self, ticket: &Ticket, slot: &mut Slot) -> Try {
+        let (service, expects) = (self.service, self.options.expect_responder);
+        let transport = self.client.transport();
+        let mut sending = match transport.send_at_once(service, self.request, expects, ticket) {
+            Some(Ok(())) => None,
+            Some(Err(error)) => return Try::SendFailed(error),
+            None => Some(self.send(ticket)),
+        };
+        poll_fn(|cx| {
+            // A reply proves that the request was accepted: nothing more is waited for. And what has timed out is not sent.
+            if let Poll::Ready(ended) = slot.poll_ended(cx) {
+                return Poll::Ready(Try::Ended(ended));
+            }
+            if let Some(send) = &mut sending
+                && let Poll::Ready(sent) = send.as_mut().poll(cx)
+            {
+                sending = None;
+                if let Err(error) = sent {
+                    return Poll::Ready(Try::SendFailed(error));
+                }
+            }
+            Poll::Pending
+        })
+        .await
+    }
+
     /// Not async, so that the message has no place in the future of the call.
     fn send(&self, ticket: &Ticket) -> Sending<'_> {
         self.client.transport().send(Outbound::Request {
@@ -174,26 +199,6 @@ impl Exchange<'_> {
         request.deadline = Some(deadline);
         request.signals = signals;
     }
-}
-
-async fn attempt(sending: Sending<'_>, slot: &mut Slot) -> Try {
-    let mut sending = Some(sending);
-    poll_fn(|cx| {
-        // A reply proves that the request was accepted: nothing more is waited for. And what has timed out is not sent.
-        if let Poll::Ready(ended) = slot.poll_ended(cx) {
-            return Poll::Ready(Try::Ended(ended));
-        }
-        if let Some(send) = &mut sending
-            && let Poll::Ready(sent) = send.as_mut().poll(cx)
-        {
-            sending = None;
-            if let Err(error) = sent {
-                return Poll::Ready(Try::SendFailed(error));
-            }
-        }
-        Poll::Pending
-    })
-    .await
 }
 
 /// A request of which the outcome is not known. If its call ends without one, nobody wants it any more.

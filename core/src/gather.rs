@@ -137,9 +137,9 @@ impl<Out> Gathering<'_, Out> {
         let Entered {
             mut slot,
             address,
-            at,
+            wall,
         } = client.pending().enter(id, started, ends)?;
-        let deadline = Deadline { at, budget };
+        let deadline = Deadline::of(wall, budget);
         self.exchange.address(Some(address), deadline);
         let mut asked = Asked {
             client,

@@ -110,8 +110,8 @@ impl Pending {
         now: Instant,
         deadline: Instant,
     ) -> Result<Entered, Error> {
-        let wait = Arc::new(Wait::default());
-        let (is_first, address, at) = {
+        let wait = Arc::new(Wait::until(deadline));
+        let (is_first, address, wall) = {
             let mut guard = self.lock();
             let table = &mut *guard;
             // Under the lock that `close` takes: else a call entered behind it would wait for nobody.
@@ -127,8 +127,7 @@ impl Pending {
             let is_first = table
                 .deadlines
                 .insert(deadline, id, table.waiting.len(), waits);
-            let at = table.wall.at(deadline, now);
-            (is_first, table.address.clone(), at)
+            (is_first, table.address.clone(), table.wall.at(now))
         };
         if is_first {
             self.earlier.notify_one();
@@ -139,7 +138,11 @@ impl Pending {
             wait,
             ended: false,
         };
-        Ok(Entered { slot, address, at })
+        Ok(Entered {
+            slot,
+            address,
+            wall,
+        })
     }
 
     /// Fails if the table is closed.
@@ -317,8 +320,8 @@ pub(crate) struct Entered {
     pub(crate) slot: Slot,
     /// Where its reply is to go.
     pub(crate) address: ReplyAddress,
-    /// Its deadline by the wall clock.
-    pub(crate) at: SystemTime,
+    /// What the wall clock says.
+    pub(crate) wall: SystemTime,
 }
 
 /// A call's place in the table; dropping it leaves nothing behind but the memory of its id.

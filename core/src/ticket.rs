@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use tokio::time::Instant;
+
 use crate::pending::Wait;
 
 /// As a ticket begins.
@@ -58,6 +60,12 @@ impl Ticket {
     #[must_use]
     pub fn is_withdrawn(&self) -> bool {
         self.0.decided.load(Ordering::Acquire) == WITHDRAWN
+    }
+
+    /// For the transport: when the caller stops waiting, if that is known, by this host's monotonic clock.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Instant> {
+        self.0.deadline
     }
 
     /// The state after the attempt to move from waiting to `state`.

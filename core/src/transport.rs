@@ -47,6 +47,19 @@ pub trait Transport: Debug + Send + Sync + 'static {
     /// `reconnect/blocked_requests_are_not_sent_late`.
     async fn send(&self, message: Outbound) -> Result<(), Error>;
 
+    /// Sends a request, if the broker accepts it or refuses it without waiting. None if it does not: nothing has happened then, and it
+    /// is to be [sent](Self::send). It is as sending in all else, and saves its future, which is worth it only within a
+    /// process: by default none.
+    fn send_at_once(
+        &self,
+        _service: &ServiceName,
+        _request: &Arc<Request>,
+        _expect_responder: bool,
+        _ticket: &Ticket,
+    ) -> Option<Result<(), Error>> {
+        None
+    }
+
     /// Sends a request to the inbox of every live server that has [joined](Inbox::join) the service. Nobody queues it: who comes
     /// later does not get it.
     ///

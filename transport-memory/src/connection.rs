@@ -80,11 +80,16 @@ impl Connection {
         !self.is(CUT | PAUSED)
     }
 
+    /// True if none of `obstacles` stands in the way of what is sent now.
+    pub(crate) fn is_open(&self, obstacles: u8) -> bool {
+        !self.is(obstacles | CLOSED)
+    }
+
     /// Waits until none of `obstacles` stands in the way. True if it had to.
     pub(crate) async fn pass(&self, obstacles: u8) -> Result<bool, Error> {
         let mut waited = false;
         loop {
-            if !self.is(obstacles | CLOSED) {
+            if self.is_open(obstacles) {
                 return Ok(waited);
             }
             waited = true;

@@ -154,11 +154,11 @@ impl Faults {
     }
 
     /// When a message that is sent now arrives; `None` for at once.
-    pub(crate) fn arrival(&self, now: Instant) -> Option<Instant> {
+    pub(crate) fn arrival(&self) -> Option<Instant> {
         if !self.active.load(Ordering::Acquire) {
             return None;
         }
-        lock(&self.settings).arrival(now)
+        lock(&self.settings).arrival(Instant::now())
     }
 
     /// What happens to the next reply; `None` for nothing special.

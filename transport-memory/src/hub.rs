@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use antiphon_core::transport::{Incoming, SubscribeOptions};
 use antiphon_core::{
-    CorrelationId, Error, ErrorKind, Reply, ReplyAddress, Request, ServiceName, Ticket,
+    CorrelationId, Error, Reply, ReplyAddress, Request, ServiceName, Ticket,
 };
 use tokio::time::Instant;
 
@@ -82,40 +82,23 @@ impl Hub {
         connections.iter().filter_map(Weak::upgrade).collect()
     }
 
-    /// Puts a request into its service's queue, if any time is left of its budget, having entered then, now.
+    /// Puts a request into its service's queue.
     pub(crate) fn request(
         &self,
         service: &ServiceName,
-        mut request: Arc<Request>,
-        (entered, now): (Instant, Instant),
+        request: Arc<Request>,
+        expires: Option<Instant>,
         expect_responder: bool,
         ticket: &Ticket,
     ) -> Result<(), Error> {
-        let mut expires = None;
-        if let Some(deadline) = request.deadline {
-            expires = entered.checked_add(deadline.budget);
-            let waited = match now == entered {
-                true => Duration::ZERO,
-                false => now - entered,
-            };
-            if deadline.budget <= waited {
-                return Err(Error::not_executed(
-                    ErrorKind::DeadlineExceeded,
-                    "no time was left when it could be sent",
-                ));
-            }
-            if !waited.is_zero() {
-                take_off(&mut request, waited);
-            }
-        }
         let queued = Queued {
             request,
             attempt: 1,
             expires,
-            arrives: self.faults.arrival(now),
+            arrives: self.faults.arrival(),
         };
         let waker = self.with_queue(service, |queue| {
-            queue.push(queued, expect_responder, ticket, now, &self.config)
+            queue.push(queued, expect_responder, ticket, &self.config)
         })?;
         if let Some(waker) = waker {
             waker.wake();
@@ -164,7 +147,7 @@ impl Hub {
             }
             audience.iter().filter_map(Weak::upgrade).collect()
         };
-        let arrives = self.faults.arrival(Instant::now());
+        let arrives = self.faults.arrival();
         let mut reached = 0;
         for letters in audience.iter().filter(|letters| !letters.is_closed()) {
             reached += 1;

@@ -1,11 +1,11 @@
 //! A client's reply address and what arrived there.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Waker};
-use std::{fmt, mem};
 
 use antiphon_core::transport::{Inbox, InboxEvent, Incoming};
 use antiphon_core::{Error, ErrorKind, ReplyAddress, ServiceName};
@@ -15,10 +15,7 @@ use tokio::time::{Instant, Sleep, sleep_until};
 use uuid::Uuid;
 
 use crate::connection::Connection;
-use crate::{closed, lock};
-
-/// The most replies that one event carries.
-const BATCH_MAX: usize = 4096;
+use crate::{BATCH_MAX, closed, lock};
 
 /// The broker's half of an inbox, found by its address.
 pub(crate) struct Letters {
@@ -28,7 +25,7 @@ pub(crate) struct Letters {
 
 struct State {
     address: ReplyAddress,
-    arrived: Vec<Incoming>,
+    arrived: VecDeque<Incoming>,
     /// On their way, if a delay is injected.
     travelling: VecDeque<(Instant, Incoming)>,
     /// Set while a `recv` waits; taken by the first of a batch of replies, so that a batch wakes once.
@@ -41,7 +38,7 @@ impl Letters {
     pub(crate) fn new(connection: u64) -> Self {
         let state = State {
             address: new_address(),
-            arrived: Vec::new(),
+            arrived: VecDeque::new(),
             travelling: VecDeque::new(),
             waker: None,
             lost: None,
@@ -66,7 +63,7 @@ impl Letters {
         let mut state = lock(&self.state);
         match arrives {
             // Behind one that still travels there is no overtaking.
-            None if state.travelling.is_empty() => state.arrived.push(incoming),
+            None if state.travelling.is_empty() => state.arrived.push_back(incoming),
             arrives => state
                 .travelling
                 .push_back((arrives.unwrap_or_else(Instant::now), incoming)),
@@ -133,13 +130,8 @@ impl Letters {
             state.waker = Some(cx.waker().clone());
             return Err(state.travelling.front().map(|(arrives, _)| *arrives));
         }
-        let rest = if state.arrived.len() > BATCH_MAX {
-            state.arrived.split_off(BATCH_MAX)
-        } else {
-            // The next batch is likely to be as large.
-            Vec::with_capacity(state.arrived.len())
-        };
-        Ok(InboxEvent::Replies(mem::replace(&mut state.arrived, rest)))
+        let batch = state.arrived.len().min(BATCH_MAX);
+        Ok(InboxEvent::Replies(state.arrived.drain(..batch).collect()))
     }
 }
 

@@ -26,6 +26,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use antiphon_core::{Error, ErrorKind};
 
+/// The most messages that one event carries: its list is then small enough to come from what the allocator has at hand, and
+/// another event costs less than a larger one.
+const BATCH_MAX: usize = 16;
+
 /// Locks a mutex whose data is whole between any two statements that can panic, so that poison means nothing.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)

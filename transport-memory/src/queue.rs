@@ -81,22 +81,17 @@ impl Queue {
         queued: Queued,
         expect_responder: bool,
         ticket: &Ticket,
-        now: Instant,
         config: &MemoryConfig,
     ) -> Result<Option<Waker>, Error> {
         let mut state = lock(&self.state);
-        if expect_responder && !state.is_served(now) {
+        if expect_responder && !state.is_served(Instant::now()) {
             return Err(Error::not_executed(
                 ErrorKind::NoResponder,
                 format!("nobody serves {}", self.name),
             ));
         }
-        while state
-            .ready
-            .front()
-            .is_some_and(|front| front.is_forgotten(now, config))
-        {
-            state.ready.pop_front();
+        if state.len() >= config.max_queued {
+            state.forget_oldest(config);
         }
         if state.len() >= config.max_queued {
             return Err(Error::not_executed(
@@ -151,11 +146,15 @@ impl Queue {
 
     /// Ends a held delivery for good, and gives its request; `None` if it is held no more.
     pub(crate) fn settle(&self, key: Key) -> Option<Arc<Request>> {
-        self.update(|state, effects| {
+        let (request, waker) = {
+            let mut state = lock(&self.state);
             let Held { queued, session } = state.held.remove(key)?;
-            state.free_hand(session, effects);
-            Some(queued.request)
-        })
+            (queued.request, state.free_hand(session))
+        };
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+        Some(request)
     }
 
     /// Moves a held delivery to the dead letters, and gives its request; `None` if it is held no more.
@@ -175,7 +174,7 @@ impl Queue {
             while state.dead.len() > config.max_dead {
                 state.dead.pop_front();
             }
-            state.free_hand(session, effects);
+            effects.wake_all(state.free_hand(session));
             Some(queued.request)
         })
     }
@@ -184,7 +183,7 @@ impl Queue {
     pub(crate) fn give_back(&self, key: Key, how: Return) -> Option<()> {
         self.update(|state, effects| {
             let session = state.put_back(key, how, effects)?;
-            state.free_hand(session, effects);
+            effects.wake_all(state.free_hand(session));
             state.pass_on(effects);
             Some(())
         })

@@ -1,10 +1,11 @@
 //! The transport: one connection to a broker in this process.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use antiphon_core::transport::{Capabilities, Inbox, Outbound, SubscribeOptions, Subscription};
 use antiphon_core::{
-    ConnectionState, CorrelationId, Error, ErrorKind, Request, ServiceName, Transport,
+    ConnectionState, CorrelationId, Error, ErrorKind, Request, ServiceName, Ticket, Transport,
 };
 use async_trait::async_trait;
 use tokio::sync::watch;
@@ -76,19 +77,16 @@ impl Transport for MemoryTransport {
         match message {
             Outbound::Request {
                 service,
-                request,
+                mut request,
                 expect_responder,
                 ticket,
             } => {
                 let waited = connection.pass(CUT | PAUSED | BLOCKED).await?;
-                let now = if waited { Instant::now() } else { entered };
-                connection.hub().request(
-                    &service,
-                    request,
-                    (entered, now),
-                    expect_responder,
-                    &ticket,
-                )
+                let waited = waited.then(|| entered.elapsed()).unwrap_or_default();
+                let expires = in_time(&mut request, entered, waited)?;
+                connection
+                    .hub()
+                    .request(&service, request, expires, expect_responder, &ticket)
             }
             Outbound::Reply { to, reply } => {
                 connection.pass(CUT | PAUSED).await?;
@@ -100,6 +98,22 @@ impl Transport for MemoryTransport {
                 }
             }
         }
+    }
+
+    fn send_at_once(
+        &self,
+        service: &ServiceName,
+        request: &Arc<Request>,
+        expect_responder: bool,
+        ticket: &Ticket,
+    ) -> Option<Result<(), Error>> {
+        let connection = self.connection();
+        let expires = ticket.deadline()?;
+        if !connection.is_open(CUT | PAUSED | BLOCKED) {
+            return None;
+        }
+        let (hub, request) = (connection.hub(), Arc::clone(request));
+        Some(hub.request(service, request, Some(expires), expect_responder, ticket))
     }
 
     async fn broadcast(
@@ -156,6 +170,27 @@ impl Transport for MemoryTransport {
     async fn close(&self) {
         self.connection().close();
     }
+}
+
+/// When a request expires that entered then and has waited for so long, if any time is left of its budget.
+fn in_time(
+    request: &mut Arc<Request>,
+    entered: Instant,
+    waited: Duration,
+) -> Result<Option<Instant>, Error> {
+    let Some(deadline) = request.deadline else {
+        return Ok(None);
+    };
+    if deadline.budget <= waited {
+        return Err(Error::not_executed(
+            ErrorKind::DeadlineExceeded,
+            "no time was left when it could be sent",
+        ));
+    }
+    if !waited.is_zero() {
+        take_off(request, waited);
+    }
+    Ok(entered.checked_add(deadline.budget))
 }
 
 impl Drop for Handle {

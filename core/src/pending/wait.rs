@@ -4,6 +4,8 @@ use std::sync::atomic::AtomicU8;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
+use tokio::time::Instant;
+
 use super::Ended;
 
 /// What a call's future, the table and the request's [`Ticket`](crate::Ticket) share: one allocation for the three.
@@ -11,6 +13,8 @@ use super::Ended;
 pub(crate) struct Wait {
     /// The ticket's.
     pub(crate) decided: AtomicU8,
+    /// When it ends at the latest; none if that is not known.
+    pub(crate) deadline: Option<Instant>,
     state: Mutex<State>,
 }
 
@@ -21,6 +25,13 @@ struct State {
 }
 
 impl Wait {
+    pub(super) fn until(deadline: Instant) -> Self {
+        Self {
+            deadline: Some(deadline),
+            ..Self::default()
+        }
+    }
+
     /// Tells the call how it ended; for whoever took it out of the table.
     pub(super) fn end(&self, ended: Ended) {
         let waker = {

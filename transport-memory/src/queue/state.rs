@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Claim, Queued, Return, Taken};
 use crate::broker::DeadLetter;
-use crate::closed;
+use crate::{BATCH_MAX, closed};
 use crate::config::MemoryConfig;
 use crate::session::{Presence, Session};
 use crate::table::{Key, Table};
@@ -92,7 +92,8 @@ impl State {
             session.isolated = true;
             taken.push(hold(&mut self.held, suspect, key));
         } else {
-            while taken.len() < free && self.ready.front().is_some_and(Queued::is_here) {
+            let most = free.min(BATCH_MAX);
+            while taken.len() < most && self.ready.front().is_some_and(Queued::is_here) {
                 let Some(queued) = self.ready.pop_front() else {
                     break;
                 };
@@ -167,31 +168,30 @@ impl State {
         }
     }
 
-    /// A delivery left the session's hands.
-    pub(super) fn free_hand(&mut self, key: Key, effects: &mut Effects) {
-        let Some(session) = self.sessions.find_mut(key) else {
-            return;
-        };
+    /// A delivery left the session's hands; says whom to wake for it.
+    pub(super) fn free_hand(&mut self, key: Key) -> Option<Waker> {
+        let session = self.sessions.find_mut(key)?;
         session.held = session.held.saturating_sub(1);
         session.isolated &= session.held > 0;
         if session.abandoned {
             if session.held == 0 {
                 self.sessions.remove(key);
             }
-            return;
+            return None;
         }
         if session.idle || session.waker.is_none() || !session.takes() {
-            return;
+            return None;
         }
         if self.draining == Some(key) && session.held > 0 {
-            return;
+            return None;
         }
         // It waits with hands that were full. With nothing to take, it need not run to learn that it may take again.
         if self.ready.is_empty() && self.suspects.is_empty() && self.lease_check.is_none() {
             session.idle = true;
             self.idle.push_back(key);
+            None
         } else {
-            effects.wake_all(session.waker.take());
+            session.waker.take()
         }
     }
 
@@ -336,6 +336,15 @@ impl State {
                     .find_mut(key)
                     .and_then(|session| session.waker.take()),
             );
+        }
+    }
+
+    /// Forgets what expired long ago, as long as the oldest requests have.
+    pub(super) fn forget_oldest(&mut self, config: &MemoryConfig) {
+        let now = Instant::now();
+        let is_forgotten = |front: &Queued| front.is_forgotten(now, config);
+        while self.ready.front().is_some_and(is_forgotten) {
+            self.ready.pop_front();
         }
     }
 

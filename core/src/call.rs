@@ -3,6 +3,7 @@
 use std::future::{Future, IntoFuture};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -13,7 +14,7 @@ use crate::client::Client;
 use crate::config;
 use crate::envelope::{CorrelationId, Headers, Reply, Request};
 use crate::error::Error;
-use crate::exchange::Exchange;
+use crate::exchange::{Attempt, Exchange};
 use crate::name::{ContentType, IntoNode, Method, Node, ServiceName};
 use crate::signal::Signals;
 
@@ -37,7 +38,25 @@ pub struct Call<Out> {
 pub type Notify = Call<()>;
 
 /// The future of a [`Call`].
-pub type CallFuture<Out> = Pin<Box<dyn Future<Output = Result<Out, Error>> + Send>>;
+///
+/// **Dropping** it gives the call up.
+#[must_use = "a call is sent when it is awaited"]
+pub struct CallFuture<Out>(Running<Out>);
+
+enum Running<Out> {
+    Plain(Plain<Out>),
+    Other(Pin<Box<dyn Future<Output = Result<Out, Error>> + Send>>),
+}
+
+/// A call that wants nothing but its reply: most are, so it makes do without a box.
+struct Plain<Out> {
+    call: Call<Out>,
+    read: fn(Arc<Reply>) -> Result<Out, Error>,
+    /// None before the first poll.
+    started: Option<Instant>,
+    /// None before the first poll, and once it has ended.
+    attempt: Option<Attempt>,
+}
 
 #[derive(Default)]
 pub(crate) struct Options {
@@ -240,15 +259,15 @@ impl<Out> Call<Out> {
 
     /// It borrows from itself: what is moved into the future stays in its place.
     async fn run(mut self) -> Result<Out, Error> {
+        let started = Instant::now();
         match self.finish {
-            Finish::Reply(read) => read(self.exchange()?.call().await?),
-            Finish::Accepted(done) => self.exchange()?.notify().await.map(|()| done()),
+            Finish::Reply(read) => read(self.exchange(started)?.call().await?),
+            Finish::Accepted(done) => self.exchange(started)?.notify().await.map(|()| done()),
         }
     }
 
-    /// The call on its way, if all that the user gave is valid. Its clock starts now.
-    pub(crate) fn exchange(&mut self) -> Result<Exchange<'_>, Error> {
-        let started = Instant::now();
+    /// The call on its way since `started`, if all that the user gave is valid.
+    pub(crate) fn exchange(&mut self, started: Instant) -> Result<Exchange<'_>, Error> {
         let service = self.service.as_ref().map_err(Error::clone)?;
         let (config, options) = (self.client.config(), &self.options);
         config::check_size(self.request.body.len(), config.max_body)?;
@@ -271,7 +290,51 @@ impl<Out: Send + 'static> IntoFuture for Call<Out> {
     type IntoFuture = CallFuture<Out>;
 
     fn into_future(self) -> CallFuture<Out> {
-        Box::pin(self.run())
+        CallFuture(match self.finish {
+            Finish::Reply(read) if self.options.attended.is_none() => Running::Plain(Plain {
+                call: self,
+                read,
+                started: None,
+                attempt: None,
+            }),
+            _ => Running::Other(Box::pin(self.run())),
+        })
+    }
+}
+
+impl<Out> Future for CallFuture<Out> {
+    type Output = Result<Out, Error>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<Out, Error>> {
+        match &mut self.0 {
+            Running::Plain(plain) => plain.poll(cx),
+            Running::Other(other) => other.as_mut().poll(cx),
+        }
+    }
+}
+
+impl<Out> std::fmt::Debug for CallFuture<Out> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("CallFuture").finish_non_exhaustive()
+    }
+}
+
+impl<Out> Plain<Out> {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Out, Error>> {
+        let started = *self.started.get_or_insert_with(Instant::now);
+        let mut exchange = self.call.exchange(started)?;
+        let reply = ready!(exchange.poll_call(&mut self.attempt, cx))?;
+        Poll::Ready((self.read)(reply))
+    }
+}
+
+impl<Out> Drop for Plain<Out> {
+    fn drop(&mut self) {
+        if let (Some(attempt), Some(started)) = (&self.attempt, self.started)
+            && let Ok(exchange) = self.call.exchange(started)
+        {
+            exchange.give_up(attempt);
+        }
     }
 }
 

@@ -1,9 +1,10 @@
 //! A valid call on its way, to its one outcome.
 
-use std::future::{Future, poll_fn};
+use std::future::{Future, pending, poll_fn};
+use std::mem;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::Poll;
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use tokio::time::{Instant, timeout_at};
@@ -30,7 +31,7 @@ pub(crate) struct Exchange<'a> {
     pub(crate) deadline: Instant,
 }
 
-type Sending<'a> = Pin<Box<dyn Future<Output = Result<(), Error>> + Send + 'a>>;
+type Sending = Pin<Box<dyn Future<Output = Result<(), Error>> + Send>>;
 
 /// How one try to get a reply ended.
 enum Try {
@@ -47,75 +48,124 @@ impl Exchange<'_> {
         })
     }
 
-    pub(crate) async fn call(&mut self) -> Result<Arc<Reply>, Error> {
-        let number = self.number()?;
-        let mut now = self.started;
+    /// Polls a call that wants nothing but its reply. `attempt` is the one that it is at: none before the first poll, and none
+    /// once this is ready. If it is dropped before, it must be [given up](Self::give_up).
+    pub(crate) fn poll_call(
+        &mut self,
+        attempt: &mut Option<Attempt>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<Arc<Reply>, Error>> {
         loop {
-            let budget = self.remaining(now)?;
-            let attended = self.options.attended.as_ref();
-            let mut attention =
-                attended.map(|attended| Box::new(Attention::new(self, attended, number)));
-            // Entered before it is sent: a reply may be there before `send` resolves.
-            let Entered {
-                mut slot,
-                address,
-                wall,
-            } = self.client.pending().enter(number, now, self.deadline)?;
-            self.address(Some(address), Deadline::of(wall, budget));
+            let trying = match &mut *attempt {
+                Some(trying) => trying,
+                none => none.insert(self.begin(self.started)?),
+            };
+            let tried = ready!(trying.poll(self, cx));
+            let outcome = self.outcome(tried, trying);
+            *attempt = None;
+            match outcome {
+                Some(result) => return Poll::Ready(result),
+                None => *attempt = Some(self.begin(Instant::now())?),
+            }
+        }
+    }
+
+    /// A call that may attend to more than its reply.
+    pub(crate) async fn call(&mut self) -> Result<Arc<Reply>, Error> {
+        let (mut now, number) = (self.started, self.number()?);
+        loop {
+            let attended = self.options.attended.as_deref();
+            let mut attention = attended.map(|attended| Attention::new(self, attended, number));
+            let attempt = self.begin(now)?;
             let this = &*self;
             let mut outstanding = Outstanding {
                 exchange: this,
-                ticket: WithdrawOnDrop(slot.ticket()),
+                attempt,
                 is_unwanted: true,
             };
-            let ticket = &outstanding.ticket;
-            let attempt = this.attempt(&ticket.0, &mut slot);
-            let tried = match &mut attention {
-                None => attempt.await,
-                Some(attention) => {
-                    let tried = tokio::select! {
-                        biased;
-                        stopped = attention.attend() => Try::Stopped(stopped),
-                        tried = attempt => tried,
-                    };
-                    if matches!(tried, Try::Ended(_)) {
-                        attention.hear_the_rest();
-                    }
-                    tried
+            let stopped = async {
+                match &mut attention {
+                    Some(attention) => attention.attend().await,
+                    None => pending().await,
                 }
             };
-            let result = match tried {
-                Try::Ended(Ended::Reply(reply)) => match &reply.outcome {
-                    Outcome::Fault { fault, executed } => {
-                        Err(Error::from_fault(fault.clone(), *executed))
-                    }
-                    _ => Ok(reply),
-                },
-                Try::Ended(Ended::Bad(error)) => Err(error),
-                Try::SendFailed(error) => Err(this.send_failed(error, ticket)),
-                Try::Ended(Ended::TimedOut) => {
-                    Err(deadline_exceeded(this.started, ticket.executed()))
-                }
-                Try::Ended(Ended::Closed(error)) => Err(error.with_executed(ticket.executed())),
-                // The inbox was lost before this request went out: nobody has seen it, so it goes out
-                // with the new address.
-                Try::Ended(Ended::InboxLost(_)) if ticket.0.withdraw() => {
-                    now = Instant::now();
-                    continue;
-                }
-                Try::Ended(Ended::InboxLost(error)) => Err(error.with_executed(Executed::Maybe)),
-                Try::Ended(Ended::ServerLost) => {
-                    let message = "its server has been silent for three heartbeats";
-                    return Err(Error::maybe_executed(ErrorKind::ServerLost, message));
-                }
-                // No server starts before it was told to, and none was.
-                Try::Stopped(Stopped::NotPickedUp) => {
-                    return Err(Stopped::NotPickedUp.error(Executed::No));
-                }
-                Try::Stopped(stopped) => return Err(stopped.error(ticket.executed())),
+            let tried = tokio::select! {
+                biased;
+                stopped = stopped => Try::Stopped(stopped),
+                tried = poll_fn(|cx| outstanding.attempt.poll(this, cx)) => tried,
             };
             outstanding.is_unwanted = false;
-            return result;
+            if let (Some(attention), Try::Ended(_)) = (&mut attention, &tried) {
+                attention.hear_the_rest();
+            }
+            match this.outcome(tried, &outstanding.attempt) {
+                Some(result) => return result,
+                None => now = Instant::now(),
+            }
+        }
+    }
+
+    /// Enters the call, and writes on the request what is known when it is sent.
+    fn begin(&mut self, now: Instant) -> Result<Attempt, Error> {
+        let number = self.number()?;
+        let budget = self.remaining(now)?;
+        // Entered before it is sent: a reply may be there before `send` resolves.
+        let Entered {
+            slot,
+            address,
+            wall,
+        } = self.client.pending().enter(number, now, self.deadline)?;
+        self.address(Some(address), Deadline::of(wall, budget));
+        Ok(Attempt {
+            slot,
+            is_begun: false,
+            sending: None,
+        })
+    }
+
+    /// What the end of a try means for the call; none if it is to be made again. What nobody wants any more is given up.
+    fn outcome(&self, tried: Try, attempt: &Attempt) -> Option<Result<Arc<Reply>, Error>> {
+        let ticket = attempt.slot.ticket();
+        Some(match tried {
+            Try::Ended(Ended::Reply(reply)) => match &reply.outcome {
+                Outcome::Fault { fault, executed } => {
+                    Err(Error::from_fault(fault.clone(), *executed))
+                }
+                _ => Ok(reply),
+            },
+            Try::Ended(Ended::Bad(error)) => Err(error),
+            Try::SendFailed(error) => Err(send_failed(error, ticket)),
+            Try::Ended(Ended::TimedOut) => Err(deadline_exceeded(self.started, ticket.executed())),
+            Try::Ended(Ended::Closed(error)) => Err(error.with_executed(ticket.executed())),
+            // The inbox was lost before this request went out: nobody has seen it, so it goes out
+            // with the new address.
+            Try::Ended(Ended::InboxLost(_)) if ticket.withdraw() => return None,
+            Try::Ended(Ended::InboxLost(error)) => Err(error.with_executed(Executed::Maybe)),
+            Try::Ended(Ended::ServerLost) => {
+                self.give_up(attempt);
+                let message = "its server has been silent for three heartbeats";
+                Err(Error::maybe_executed(ErrorKind::ServerLost, message))
+            }
+            // No server starts before it was told to, and none was.
+            Try::Stopped(Stopped::NotPickedUp) => {
+                self.give_up(attempt);
+                Err(Stopped::NotPickedUp.error(Executed::No))
+            }
+            Try::Stopped(stopped) => {
+                self.give_up(attempt);
+                Err(stopped.error(ticket.executed()))
+            }
+        })
+    }
+
+    /// Nobody wants the outcome any more. What was sent is taken back, or the servers told.
+    pub(crate) fn give_up(&self, attempt: &Attempt) {
+        if !attempt.slot.ticket().withdraw() {
+            self.client.given_up().add(Lost {
+                service: self.service.clone(),
+                id: self.request.id.clone(),
+                deadline: self.deadline,
+            });
         }
     }
 
@@ -131,8 +181,8 @@ impl Exchange<'_> {
         self.address(None, Deadline::after(budget));
         let sending = self.send(&ticket.0);
         match timeout_at(self.deadline, sending).await {
-            Ok(sent) => sent.map_err(|error| self.send_failed(error, &ticket)),
-            Err(_) => Err(deadline_exceeded(self.started, ticket.executed())),
+            Ok(sent) => sent.map_err(|error| send_failed(error, &ticket.0)),
+            Err(_) => Err(deadline_exceeded(self.started, ticket.0.executed())),
         }
     }
 
@@ -144,48 +194,16 @@ impl Exchange<'_> {
         }
     }
 
-    /// A transport that closes need not know of each request whether it went out; the ticket does.
-    fn send_failed(&self, error: Error, ticket: &WithdrawOnDrop) -> Error {
-        match error.kind() {
-            ErrorKind::Closed => error.with_executed(ticket.executed()),
-            _ => error,
-        }
-    }
-
-    async fn attempt(&self, ticket: &Ticket, slot: &mut Slot) -> Try {
-        let (service, expects) = (self.service, self.options.expect_responder);
-        let transport = self.client.transport();
-        let mut sending = match transport.send_at_once(service, self.request, expects, ticket) {
-            Some(Ok(())) => None,
-            Some(Err(error)) => return Try::SendFailed(error),
-            None => Some(self.send(ticket)),
-        };
-        poll_fn(|cx| {
-            // A reply proves that the request was accepted: nothing more is waited for. And what has timed out is not sent.
-            if let Poll::Ready(ended) = slot.poll_ended(cx) {
-                return Poll::Ready(Try::Ended(ended));
-            }
-            if let Some(send) = &mut sending
-                && let Poll::Ready(sent) = send.as_mut().poll(cx)
-            {
-                sending = None;
-                if let Err(error) = sent {
-                    return Poll::Ready(Try::SendFailed(error));
-                }
-            }
-            Poll::Pending
-        })
-        .await
-    }
-
     /// Not async, so that the message has no place in the future of the call.
-    fn send(&self, ticket: &Ticket) -> Sending<'_> {
-        self.client.transport().send(Outbound::Request {
+    fn send(&self, ticket: &Ticket) -> Sending {
+        let transport = Arc::clone(self.client.shared_transport());
+        let message = Outbound::Request {
             service: self.service.clone(),
             request: Arc::clone(self.request),
             expect_responder: self.options.expect_responder,
             ticket: ticket.clone(),
-        })
+        };
+        Box::pin(async move { transport.send(message).await })
     }
 
     /// Writes on the request what is known when it is sent. It is copied only if it was sent before.
@@ -201,43 +219,88 @@ impl Exchange<'_> {
     }
 }
 
-/// A request of which the outcome is not known. If its call ends without one, nobody wants it any more.
+/// One try to get a reply: a place in the table, and the request on its way. Dropped, it is withdrawn if it was not sent.
+pub(crate) struct Attempt {
+    slot: Slot,
+    is_begun: bool,
+    /// None before it is begun, and once the request is accepted.
+    sending: Option<Sending>,
+}
+
+impl Attempt {
+    /// Sends the request at the first poll, and waits for the end; not to be polled again after it.
+    fn poll(&mut self, exchange: &Exchange<'_>, cx: &mut Context<'_>) -> Poll<Try> {
+        if !mem::replace(&mut self.is_begun, true)
+            && let Err(error) = self.send(exchange)
+        {
+            return Poll::Ready(Try::SendFailed(error));
+        }
+        // A reply proves that the request was accepted: nothing more is waited for. And what has timed out is not sent.
+        if let Poll::Ready(ended) = self.slot.poll_ended(cx) {
+            return Poll::Ready(Try::Ended(ended));
+        }
+        if let Some(sending) = &mut self.sending
+            && let Poll::Ready(sent) = sending.as_mut().poll(cx)
+        {
+            self.sending = None;
+            if let Err(error) = sent {
+                return Poll::Ready(Try::SendFailed(error));
+            }
+        }
+        Poll::Pending
+    }
+
+    fn send(&mut self, exchange: &Exchange<'_>) -> Result<(), Error> {
+        let ticket = self.slot.ticket();
+        let sent = exchange.client.transport().send_at_once(
+            exchange.service,
+            exchange.request,
+            exchange.options.expect_responder,
+            ticket,
+        );
+        sent.unwrap_or_else(|| {
+            self.sending = Some(exchange.send(ticket));
+            Ok(())
+        })
+    }
+}
+
+impl Drop for Attempt {
+    fn drop(&mut self) {
+        // If it was sent, there is nothing to withdraw, and the answer says just that.
+        let _ = self.slot.ticket().withdraw();
+    }
+}
+
+/// An attempt of which the outcome may not be known. If its call is dropped then, nobody wants it any more.
 struct Outstanding<'a> {
     exchange: &'a Exchange<'a>,
-    ticket: WithdrawOnDrop,
+    attempt: Attempt,
     is_unwanted: bool,
 }
 
 impl Drop for Outstanding<'_> {
     fn drop(&mut self) {
-        if self.is_unwanted && !self.ticket.0.withdraw() {
-            self.exchange.client.given_up().add(Lost {
-                service: self.exchange.service.clone(),
-                id: self.exchange.request.id.clone(),
-                deadline: self.exchange.deadline,
-            });
+        if self.is_unwanted {
+            self.exchange.give_up(&self.attempt);
         }
     }
 }
 
-/// Withdraws a request that was not sent when its call ends, however it ends.
+/// Withdraws a one-way request that was not sent when its call ends, however it ends.
 struct WithdrawOnDrop(Ticket);
-
-impl WithdrawOnDrop {
-    /// What is known of a request that gets no reply.
-    fn executed(&self) -> Executed {
-        if self.0.withdraw() {
-            Executed::No
-        } else {
-            Executed::Maybe
-        }
-    }
-}
 
 impl Drop for WithdrawOnDrop {
     fn drop(&mut self) {
-        // If it was sent, there is nothing to withdraw, and the answer says just that.
         let _ = self.0.withdraw();
+    }
+}
+
+/// A transport that closes need not know of each request whether it went out; the ticket does.
+fn send_failed(error: Error, ticket: &Ticket) -> Error {
+    match error.kind() {
+        ErrorKind::Closed => error.with_executed(ticket.executed()),
+        _ => error,
     }
 }
 

@@ -96,7 +96,7 @@ impl<Out> AskAll<Out> {
 
     async fn run(mut self) -> Result<Gathered<Out>, Error> {
         Gathering {
-            exchange: self.call.exchange()?,
+            exchange: self.call.exchange(Instant::now())?,
             read: self.read,
             at_most: self.at_most,
             answers: Vec::new(),

@@ -135,7 +135,7 @@ impl Pending {
         let slot = Slot {
             pending: Arc::clone(self),
             id,
-            wait,
+            ticket: Ticket::of(wait),
             ended: false,
         };
         Ok(Entered {
@@ -329,15 +329,15 @@ pub(crate) struct Entered {
 pub(crate) struct Slot {
     pending: Arc<Pending>,
     id: u128,
-    wait: Arc<Wait>,
+    ticket: Ticket,
     /// It is out of the table already.
     ended: bool,
 }
 
 impl Slot {
     /// The ticket for its request.
-    pub(crate) fn ticket(&self) -> Ticket {
-        Ticket::of(&self.wait)
+    pub(crate) fn ticket(&self) -> &Ticket {
+        &self.ticket
     }
 
     /// Waits for the end; not to be called again after it.
@@ -349,7 +349,7 @@ impl Slot {
 
     /// Waits for the end; not to be polled again after it.
     pub(crate) fn poll_ended(&mut self, cx: &mut Context<'_>) -> Poll<Ended> {
-        let ended = ready!(self.wait.poll(cx));
+        let ended = ready!(self.ticket.wait().poll(cx));
         self.ended = true;
         Poll::Ready(ended)
     }

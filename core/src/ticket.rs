@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 
 use tokio::time::Instant;
 
+use crate::error::Executed;
 use crate::pending::Wait;
 
 /// As a ticket begins.
@@ -28,8 +29,21 @@ impl Ticket {
     }
 
     /// The ticket of a call that waits.
-    pub(crate) fn of(wait: &Arc<Wait>) -> Self {
-        Self(Arc::clone(wait))
+    pub(crate) fn of(wait: Arc<Wait>) -> Self {
+        Self(wait)
+    }
+
+    pub(crate) fn wait(&self) -> &Wait {
+        &self.0
+    }
+
+    /// For the caller: what is known of a request that gets no reply. It will not be sent if it was not.
+    pub(crate) fn executed(&self) -> Executed {
+        if self.withdraw() {
+            Executed::No
+        } else {
+            Executed::Maybe
+        }
     }
 
     /// For the transport: true if the request may be sent now, and counts as sent from now on. True again if it was
@@ -70,11 +84,12 @@ impl Ticket {
 
     /// The state after the attempt to move from waiting to `state`.
     fn decide(&self, state: u8) -> u8 {
-        match self
-            .0
-            .decided
-            .compare_exchange(WAITING, state, Ordering::AcqRel, Ordering::Acquire)
-        {
+        let decided = &self.0.decided;
+        let before = decided.load(Ordering::Acquire);
+        if before != WAITING {
+            return before;
+        }
+        match decided.compare_exchange(WAITING, state, Ordering::AcqRel, Ordering::Acquire) {
             Ok(_) => state,
             Err(decided) => decided,
         }

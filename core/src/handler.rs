@@ -38,11 +38,14 @@ impl<T: Into<Bytes>> From<T> for Response {
 /// Implemented for `Fn(In) -> impl Future` and `Fn(In, Context) -> impl Future`. Clones of the server's tasks share it.
 #[cfg(feature = "json")]
 pub trait Handler<Args>: Send + Sync + 'static {
+    /// What it is told besides: a [`Context`], or nothing.
+    type About: About;
+
     /// Decodes the body and runs the function.
     fn handle(
         &self,
         body: Bytes,
-        context: Context,
+        about: Self::About,
     ) -> impl Future<Output = Result<Response, Failure>> + Send;
 }
 
@@ -50,12 +53,31 @@ pub trait Handler<Args>: Send + Sync + 'static {
 ///
 /// Implemented for `Fn(Bytes) -> impl Future` and `Fn(Bytes, Context) -> impl Future`.
 pub trait RawHandler<Args>: Send + Sync + 'static {
+    /// What it is told besides: a [`Context`], or nothing.
+    type About: About;
+
     /// Runs the function.
     fn handle(
         &self,
         body: Bytes,
-        context: Context,
+        about: Self::About,
     ) -> impl Future<Output = Result<Response, Failure>> + Send;
+}
+
+/// What a handler is told of its request besides the input: a [`Context`], or nothing, of which none is made then.
+pub trait About: Send + 'static {
+    /// Takes what it wants.
+    fn from_context(context: impl FnOnce() -> Context) -> Self;
+}
+
+impl About for Context {
+    fn from_context(context: impl FnOnce() -> Context) -> Self {
+        context()
+    }
+}
+
+impl About for () {
+    fn from_context(_: impl FnOnce() -> Context) -> Self {}
 }
 
 /// Why there is no answer.
@@ -81,7 +103,9 @@ where
     Out: serde::Serialize + Send,
     Running: Future<Output = Result<Out, Fault>> + Send,
 {
-    async fn handle(&self, body: Bytes, _: Context) -> Result<Response, Failure> {
+    type About = ();
+
+    async fn handle(&self, body: Bytes, (): ()) -> Result<Response, Failure> {
         let output = self(json_input(&body)?).await?;
         json_response(&output)
     }
@@ -95,6 +119,8 @@ where
     Out: serde::Serialize + Send,
     Running: Future<Output = Result<Out, Fault>> + Send,
 {
+    type About = Context;
+
     async fn handle(&self, body: Bytes, context: Context) -> Result<Response, Failure> {
         let output = self(json_input(&body)?, context).await?;
         json_response(&output)
@@ -107,7 +133,9 @@ where
     Out: Into<Response>,
     Running: Future<Output = Result<Out, Fault>> + Send,
 {
-    async fn handle(&self, body: Bytes, _: Context) -> Result<Response, Failure> {
+    type About = ();
+
+    async fn handle(&self, body: Bytes, (): ()) -> Result<Response, Failure> {
         Ok(self(body).await?.into())
     }
 }
@@ -118,6 +146,8 @@ where
     Out: Into<Response>,
     Running: Future<Output = Result<Out, Fault>> + Send,
 {
+    type About = Context;
+
     async fn handle(&self, body: Bytes, context: Context) -> Result<Response, Failure> {
         Ok(self(body, context).await?.into())
     }
@@ -150,7 +180,8 @@ pub(crate) type Handling = Pin<Box<dyn Future<Output = Result<Response, Failure>
 
 /// A handler whose types are forgotten.
 pub(crate) trait AnyHandler: Send + Sync {
-    fn handle(self: Arc<Self>, body: Bytes, context: Context) -> Handling;
+    /// `context` is asked for one if the handler wants it.
+    fn handle(self: Arc<Self>, body: Bytes, context: &mut dyn FnMut() -> Context) -> Handling;
 }
 
 #[cfg(feature = "json")]
@@ -158,15 +189,17 @@ pub(crate) struct Json<H, Args>(pub(crate) H, pub(crate) PhantomData<fn(Args)>);
 
 #[cfg(feature = "json")]
 impl<H: Handler<Args>, Args: 'static> AnyHandler for Json<H, Args> {
-    fn handle(self: Arc<Self>, body: Bytes, context: Context) -> Handling {
-        Box::pin(async move { self.0.handle(body, context).await })
+    fn handle(self: Arc<Self>, body: Bytes, context: &mut dyn FnMut() -> Context) -> Handling {
+        let about = H::About::from_context(context);
+        Box::pin(async move { self.0.handle(body, about).await })
     }
 }
 
 pub(crate) struct Raw<H, Args>(pub(crate) H, pub(crate) PhantomData<fn(Args)>);
 
 impl<H: RawHandler<Args>, Args: 'static> AnyHandler for Raw<H, Args> {
-    fn handle(self: Arc<Self>, body: Bytes, context: Context) -> Handling {
-        Box::pin(async move { self.0.handle(body, context).await })
+    fn handle(self: Arc<Self>, body: Bytes, context: &mut dyn FnMut() -> Context) -> Handling {
+        let about = H::About::from_context(context);
+        Box::pin(async move { self.0.handle(body, about).await })
     }
 }

@@ -128,7 +128,7 @@ impl Service {
         // It was finished when the broker was away.
         if let (Some(reply), Some(to)) = (self.outbox.find(id, reply_to), reply_to) {
             let (id, to) = (id.clone(), to.clone());
-            match self.settled(delivery.reply_shared(Some(reply))).await {
+            match self.settled(delivery.reply_shared(Some(reply)).1).await {
                 Some(Ok(())) => self.outbox.forget(&id, &to),
                 Some(Err(error)) => self.unsettled(&error),
                 None => {}

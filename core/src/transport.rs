@@ -413,12 +413,12 @@ impl Delivery {
         self,
         reply: Option<Reply>,
     ) -> impl Future<Output = Result<(), Error>> + Send + use<> {
-        self.reply_shared(reply.map(Arc::new))
+        self.reply_shared(reply.map(Arc::new)).1
     }
 
-    /// As [`reply`](Self::reply), with a reply of which somebody else has a share.
-    pub(crate) fn reply_shared(self, reply: Option<Arc<Reply>>) -> Settling {
-        self.settlement.settle(Settle::Reply(reply))
+    /// As [`reply`](Self::reply), with a reply of which somebody else has a share. The request is left.
+    pub(crate) fn reply_shared(self, reply: Option<Arc<Reply>>) -> (Arc<Request>, Settling) {
+        (self.request, self.settlement.settle(Settle::Reply(reply)))
     }
 
     /// Moves the request to the service's dead letters, telling the caller, for good.

@@ -68,8 +68,13 @@ impl Counters {
 
     pub(crate) fn took(&self, elapsed: Duration) {
         let micros = u64::try_from(elapsed.as_micros()).unwrap_or(u64::MAX);
-        self.busy_us.fetch_add(micros, Ordering::Relaxed);
-        self.longest_us.fetch_max(micros, Ordering::Relaxed);
+        // Most handlers change neither, and to write is what costs.
+        if micros > 0 {
+            self.busy_us.fetch_add(micros, Ordering::Relaxed);
+        }
+        if micros > self.longest_us.load(Ordering::Relaxed) {
+            self.longest_us.fetch_max(micros, Ordering::Relaxed);
+        }
     }
 
     pub(crate) fn stats(&self) -> ServerStats {

@@ -14,11 +14,10 @@ use tokio_util::sync::CancellationToken;
 use super::Service;
 use crate::config;
 use crate::context::{self, Context};
-use crate::envelope::{CorrelationId, Outcome, Reply};
+use crate::envelope::{CorrelationId, Outcome, Reply, Request};
 use crate::error::{Error, ErrorKind, Executed};
 use crate::fault::{Code, Fault};
 use crate::handler::{AnyHandler, Failure, Handling, Response};
-use crate::name::ReplyAddress;
 use crate::server::{Keeping, KeptTo, count};
 use crate::signal::{Signal, Signals};
 use crate::transport::{Delivery, Settling};
@@ -34,8 +33,10 @@ pub(super) enum Left {
 pub(super) struct Begun {
     // Dropped first: what it holds is free before another server has the request.
     running: CatchUnwind<AssertUnwindSafe<Handling>>,
-    context: Context,
+    /// None if the handler did not ask for it.
+    context: Option<Context>,
     delivery: Delivery,
+    deadline: Instant,
     at: Instant,
 }
 
@@ -48,7 +49,8 @@ pub(super) struct Answered {
 
 /// A reply that may have to be kept.
 pub(super) struct Unsent {
-    to: ReplyAddress,
+    /// It says where to.
+    request: Arc<Request>,
     reply: Arc<Reply>,
     /// Until when somebody waits for it.
     expires: Option<Instant>,
@@ -78,8 +80,12 @@ impl Service {
         if self.kill.is_cancelled() || delivery.lease.is_cancelled() {
             return None;
         }
-        let context = self.context(&delivery, deadline);
-        let running = Arc::clone(handler).handle(delivery.request.body.clone(), context.clone());
+        let mut context = None;
+        let mut ask = || {
+            let made = context.get_or_insert_with(|| self.context(&delivery, deadline));
+            Context::clone(made)
+        };
+        let running = Arc::clone(handler).handle(delivery.request.body.clone(), &mut ask);
         let mut running = AssertUnwindSafe(running).catch_unwind();
         let polled = poll_once(&mut running);
         *now = Instant::now();
@@ -91,6 +97,7 @@ impl Service {
             }
             Poll::Pending => Some(Left::Handler(Box::new(Begun {
                 delivery,
+                deadline,
                 context,
                 running,
                 at,
@@ -147,24 +154,23 @@ impl Service {
     /// What is to be done with a request by what came of it.
     fn answer(&self, delivery: Delivery, outcome: Result<Response, Failed>) -> Answered {
         let expires = delivery.expires;
-        let Some(to) = delivery.request.reply_to.clone() else {
+        if delivery.request.reply_to.is_none() {
             let settling = self.end_one_way(delivery, outcome);
             return Answered {
                 settling,
                 unsent: None,
             };
-        };
+        }
         let reply = Arc::new(self.reply(delivery.request.id.clone(), outcome));
         // What all were asked does not come again, and counts for nothing without the node that replies.
-        let unsent = (!delivery.asked).then(|| Unsent {
-            to,
-            reply: Arc::clone(&reply),
+        let is_kept = !delivery.asked;
+        let (request, settling) = delivery.reply_shared(Some(Arc::clone(&reply)));
+        let unsent = is_kept.then_some(Unsent {
+            request,
+            reply,
             expires,
         });
-        Answered {
-            settling: delivery.reply_shared(Some(reply)),
-            unsent,
-        }
+        Answered { settling, unsent }
     }
 
     fn end_one_way(&self, delivery: Delivery, outcome: Result<Response, Failed>) -> Settling {
@@ -180,7 +186,7 @@ impl Service {
                 if let Err(Failed { fault, .. }) = outcome {
                     tracing::warn!(service = %self.name, %fault, "a one-way request failed");
                 }
-                delivery.reply_shared(None)
+                delivery.reply_shared(None).1
             }
         }
     }
@@ -225,8 +231,8 @@ impl Service {
         }
         let kept = self.keep(unsent, KeptTo::Answer).await;
         let settled = self.settled(settling).await;
-        if let Some(Ok(())) = settled {
-            self.outbox.forget(&unsent.reply.id, &unsent.to);
+        if let (Some(Ok(())), Some(to)) = (&settled, &unsent.request.reply_to) {
+            self.outbox.forget(&unsent.reply.id, to);
         }
         (settled, kept)
     }
@@ -242,11 +248,12 @@ impl Service {
         {
             return None;
         }
+        let to = unsent.request.reply_to.as_ref()?;
         let expires = unsent
             .expires
             .unwrap_or_else(|| Instant::now() + self.config.default_timeout);
         let reply = Arc::clone(&unsent.reply);
-        Some(Box::pin(self.outbox.keep(&unsent.to, reply, expires, kept_to)).await)
+        Some(Box::pin(self.outbox.keep(to, reply, expires, kept_to)).await)
     }
 
     /// The handler that may start on a request, or why none may.
@@ -312,25 +319,31 @@ impl Service {
     async fn supervise(&self, begun: &mut Begun) -> Supervised {
         let Begun {
             delivery,
+            deadline,
             context,
             running,
             ..
         } = begun;
+        let cancel = || {
+            if let Some(context) = &*context {
+                context.cancellation().cancel();
+            }
+        };
         let given_up = CancellationToken::new();
         let _entered = self.running.enter(&delivery.request.id, given_up.clone());
         let why = tokio::select! {
             biased;
             ended = &mut *running => return Supervised::Ended(ended),
-            () = sleep_until(context.deadline()) => Why::Deadline,
+            () = sleep_until(*deadline) => Why::Deadline,
             () = delivery.lease.cancelled() => Why::Deadline,
             () = given_up.cancelled() => Why::GivenUp,
             () = self.heartbeats(delivery) => Why::GivenUp,
             () = self.kill.cancelled() => {
-                context.cancellation().cancel();
+                cancel();
                 return Supervised::Killed;
             }
         };
-        context.cancellation().cancel();
+        cancel();
         tokio::select! {
             biased;
             ended = &mut *running => Supervised::Ended(ended),

@@ -71,7 +71,7 @@ pub trait About: Send + 'static {
 }
 
 impl About for Context {
-    fn from_context(context: impl FnOnce() -> Context) -> Self {
+    fn from_context(context: impl FnOnce() -> Self) -> Self {
         context()
     }
 }

@@ -1,4 +1,4 @@
-//! The contract between core and a broker: eight operations that move messages and know nothing of calls.
+//! The contract between core and a broker: eight operations that move messages and know nothing of calls, and a short cut of one.
 //!
 //! Correlation, deadlines, duplicates, faults and typed bodies live above it, once. Every promise below names
 //! the conformance cases that check it; `docs/writing-a-transport.md` is the guided tour.
@@ -47,9 +47,11 @@ pub trait Transport: Debug + Send + Sync + 'static {
     /// `reconnect/blocked_requests_are_not_sent_late`.
     async fn send(&self, message: Outbound) -> Result<(), Error>;
 
-    /// Sends a request, if the broker accepts it or refuses it without waiting. None if it does not: nothing has happened then, and it
-    /// is to be [sent](Self::send). It is as sending in all else, and saves its future, which is worth it only within a
-    /// process: by default none.
+    /// The short cut of [`send`](Self::send) for a broker within this process: sends a request without waiting, and so without a future.
+    ///
+    /// **Returns** what `send` would resolve to; none if that would have to wait, or after close: nothing has happened then, and
+    /// the request is to be sent. By default none, which costs nothing: over a network leave it so.
+    /// *Checked by* the same cases.
     fn send_at_once(
         &self,
         _service: &ServiceName,

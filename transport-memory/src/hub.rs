@@ -6,9 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
 use antiphon_core::transport::{Incoming, SubscribeOptions};
-use antiphon_core::{
-    CorrelationId, Error, Reply, ReplyAddress, Request, ServiceName, Ticket,
-};
+use antiphon_core::{CorrelationId, Error, Reply, ReplyAddress, Request, ServiceName, Ticket};
 use tokio::time::Instant;
 
 use crate::config::MemoryConfig;

@@ -81,8 +81,10 @@ impl Transport for MemoryTransport {
                 expect_responder,
                 ticket,
             } => {
-                let waited = connection.pass(CUT | PAUSED | BLOCKED).await?;
-                let waited = waited.then(|| entered.elapsed()).unwrap_or_default();
+                let waited = match connection.pass(CUT | PAUSED | BLOCKED).await? {
+                    true => entered.elapsed(),
+                    false => Duration::ZERO,
+                };
                 let expires = in_time(&mut request, entered, waited)?;
                 connection
                     .hub()

@@ -12,10 +12,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Claim, Queued, Return, Taken};
 use crate::broker::DeadLetter;
-use crate::{BATCH_MAX, closed};
 use crate::config::MemoryConfig;
 use crate::session::{Presence, Session};
 use crate::table::{Key, Table};
+use crate::{BATCH_MAX, closed};
 
 #[derive(Debug)]
 pub(super) struct State {

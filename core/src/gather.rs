@@ -168,6 +168,8 @@ impl<Out> Gathering<'_, Out> {
                 reply = listening.recv() => self.hear(reply),
                 ended = slot.ended() => match ended {
                     Ended::Closed(error) => return Err(error),
+                    // Answers may have gone to an inbox that is no more: those who are not heard are not silent.
+                    Ended::InboxLost(error) => return Err(error.with_executed(Executed::Maybe)),
                     // Those that were to come are silent.
                     _ => break,
                 },

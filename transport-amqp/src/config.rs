@@ -214,8 +214,11 @@ impl fmt::Debug for AmqpConfig {
     }
 }
 
+/// Parameters of a URL: name and value.
+type Parameters<'a> = Vec<(Cow<'a, str>, Cow<'a, str>)>;
+
 /// The URL without the parameters that are ours, and these.
-fn split_own(url: &str) -> (String, Vec<(Cow<'_, str>, Cow<'_, str>)>) {
+fn split_own(url: &str) -> (String, Parameters<'_>) {
     let Some((address, query)) = url.split_once('?') else {
         return (url.to_owned(), Vec::new());
     };

@@ -1,5 +1,6 @@
 //! A connection is lost, and comes back without help; no call waits in silence meanwhile.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use antiphon_core::{
@@ -7,6 +8,7 @@ use antiphon_core::{
 };
 use bytes::Bytes;
 use futures_util::future::join_all;
+use tokio::sync::{Semaphore, mpsc};
 use tokio::time::{Instant, sleep};
 
 use crate::bench::*;
@@ -18,6 +20,7 @@ cases!("reconnect": [
     idle_client_heals: G9,
     pending_calls_end_and_new_ones_succeed: G1,
     reply_finds_the_restored_inbox: G1,
+    gathering_is_whole_or_lost: G1,
     calls_wait_for_the_connection: G9,
     blocked_requests_are_not_sent_late: G5,
     severed_calls_keep_their_deadline: G1,
@@ -162,6 +165,42 @@ async fn reply_finds_the_restored_inbox(bench: Bench) -> Verdict {
         &joined("the next call", call).await?.body,
         b"next",
     )
+}
+
+async fn gathering_is_whole_or_lost(bench: Bench) -> Verdict {
+    let service = bench.service("gathered")?;
+    let (took, mut taken) = mpsc::unbounded_channel();
+    let gate = Arc::new(Semaphore::new(0));
+    let opened = Arc::clone(&gate);
+    let wait = move |_: Bytes| {
+        let (took, gate) = (took.clone(), Arc::clone(&gate));
+        async move {
+            let _ = took.send(());
+            let _permit = gate.acquire().await;
+            Ok::<_, Fault>("whole")
+        }
+    };
+    let _server = start(bench.server().await?.handle_raw(&service, wait)).await?;
+    let (client, Connected { transport, link }) = client_with_link(&bench).await?;
+    let asked = client.ask_all_raw(&service, "").timeout(4 * PROMPT);
+    let asked = tokio::spawn(asked.into_future());
+    within("a server takes the request", PROMPT, taken.recv()).await?;
+    link.sever().await?;
+    until_disconnected(&transport).await?;
+    link.restore().await?;
+    until_connected(&transport).await?;
+    opened.add_permits(1);
+    // Either the inbox was restored, and the answer arrives, or who gathers is told that it may not.
+    match ended("a gathering across a cut", 4 * PROMPT, asked).await? {
+        Ok(gathered) => same("how many answered", gathered.answers.len(), 1),
+        Err(error) => {
+            let truth =
+                error.kind() == ErrorKind::ConnectionLost && error.executed() == Executed::Maybe;
+            let rule =
+                format!("it succeeds or ends as connection_lost, executed maybe, not as: {error}");
+            ensure("a gathering across a cut", truth, rule)
+        }
+    }
 }
 
 async fn calls_wait_for_the_connection(bench: Bench) -> Verdict {

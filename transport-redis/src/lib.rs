@@ -4,9 +4,11 @@
 mod audience;
 mod claim;
 mod clock;
+mod command;
 mod completer;
 mod config;
 mod connection;
+mod dial;
 mod error;
 mod frame;
 #[cfg(feature = "conformance")]
@@ -19,6 +21,7 @@ mod lobby;
 mod monitor;
 mod naming;
 mod opening;
+mod outgoing;
 mod pace;
 mod registration;
 mod scan;
@@ -29,9 +32,12 @@ mod server_check;
 mod session;
 mod settle_batch;
 mod settlement;
+mod socket;
 mod subscription;
 mod taker;
 mod transport;
+mod value;
+mod wire;
 mod withdrawal;
 
 use std::time::Duration;

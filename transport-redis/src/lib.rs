@@ -31,6 +31,8 @@ mod settle_batch;
 mod settlement;
 mod subscription;
 mod taker;
+#[cfg(feature = "rustls")]
+mod tls;
 mod transport;
 mod withdrawal;
 

@@ -83,7 +83,18 @@ impl Suite {
 
     /// Adds a harness; see [`run`]. The label, if there is one, stands in brackets before the names of its cases.
     #[must_use]
-    pub fn harness<F, Fut>(mut self, label: &str, start: F) -> Self
+    pub fn harness<F, Fut>(self, label: &str, start: F) -> Self
+    where
+        F: FnOnce() -> Fut + Send + 'static,
+        Fut: Future<Output = Result<Arc<dyn Harness>, Missing>> + Send + 'static,
+    {
+        // Every name begins with it.
+        self.harness_for(label, &[""], start)
+    }
+
+    /// Adds a harness for those cases only whose names begin with one of these, such as `"payload/"`.
+    #[must_use]
+    pub fn harness_for<F, Fut>(mut self, label: &str, cases: &[&'static str], start: F) -> Self
     where
         F: FnOnce() -> Fut + Send + 'static,
         Fut: Future<Output = Result<Arc<dyn Harness>, Missing>> + Send + 'static,
@@ -91,6 +102,7 @@ impl Suite {
         let start: Start = Box::new(move || start().boxed());
         self.subjects.push(Arc::new(Subject {
             label: label.to_owned(),
+            cases: cases.to_vec(),
             start: Mutex::new(Some(start)),
             harness: OnceCell::new(),
             places: Arc::clone(&self.places),
@@ -114,6 +126,13 @@ impl Suite {
         let mut trials = Vec::new();
         for subject in &self.subjects {
             for case in cases::table() {
+                if !subject
+                    .cases
+                    .iter()
+                    .any(|start| case.name.starts_with(start))
+                {
+                    continue;
+                }
                 let (subject, runtime) = (Arc::clone(subject), Arc::clone(&runtime));
                 let label = subject.label.clone();
                 let run = move || runtime.block_on(subject.run(case));
@@ -139,6 +158,8 @@ type Start = Box<dyn FnOnce() -> BoxFuture<'static, Result<Arc<dyn Harness>, Mis
 /// A harness that is started by the first case that needs it.
 struct Subject {
     label: String,
+    /// How the names of its cases begin.
+    cases: Vec<&'static str>,
     start: Mutex<Option<Start>>,
     harness: OnceCell<Result<Arc<dyn Harness>, Missing>>,
     places: Arc<Semaphore>,

@@ -1,6 +1,8 @@
 //! How to connect, and what to declare.
 
+use std::borrow::Cow;
 use std::fmt;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use antiphon_core::{Error, ErrorKind};
@@ -12,6 +14,10 @@ const FRAME_MAX: u32 = 128 * 1024;
 /// The parameters of the URL that are ours.
 const QUEUE_TYPE: &str = "queue_type";
 const DURABLE: &str = "durable";
+const CA_FILE: &str = "ca_file";
+const CERTIFICATE_FILE: &str = "certificate_file";
+const KEY_FILE: &str = "key_file";
+const OWN: [&str; 5] = [QUEUE_TYPE, DURABLE, CA_FILE, CERTIFICATE_FILE, KEY_FILE];
 
 /// How to reach a RabbitMQ broker. `Debug` shows no password.
 #[derive(Clone)]
@@ -38,6 +44,14 @@ pub struct AmqpConfig {
     /// that it is delivered. The connection that consumes takes about 64 times as much memory.
     /// Default: 128 KiB, as the broker and other clients have it; at least 4 KiB.
     pub frame_max: u32,
+    /// A PEM file with the certificates of the authorities to trust, in place of the platform's own (which `SSL_CERT_FILE` can
+    /// name, on Unix). Only over TLS, as the next two. Default: none.
+    pub ca_file: Option<PathBuf>,
+    /// A PEM file with the certificate that we show to a server which asks for one, and those between it and its authority.
+    /// Only with [`key_file`](Self::key_file). Default: none.
+    pub certificate_file: Option<PathBuf>,
+    /// A PEM file with the key of [`certificate_file`](Self::certificate_file), not encrypted. Default: none.
+    pub key_file: Option<PathBuf>,
     uri: AMQPUri,
 }
 
@@ -70,22 +84,29 @@ impl QueueType {
 impl AmqpConfig {
     /// Takes `amqp://USER:PASSWORD@HOST:PORT/VHOST`, or `amqps://` with the feature `rustls`. User and password are `guest`,
     /// the port is 5672 (5671) and the virtual host is `/` unless given; a slash in its name is written `%2f`. The parameters
-    /// `heartbeat` (seconds), `frame_max` (bytes), `queue_type` (`quorum` or `classic`) and `durable` (`true` or `false`) set the
-    /// fields of these names: `amqp://h/?queue_type=classic&durable=false`.
+    /// `heartbeat` (seconds), `frame_max` (bytes), `queue_type` (`quorum` or `classic`), `durable` (`true` or `false`), `ca_file`,
+    /// `certificate_file` and `key_file` set the fields of these names: `amqp://h/?queue_type=classic&durable=false`.
     ///
     /// # Errors
     /// `Invalid` if it is no such URL, a parameter has no such value, or quorum queues are not to be durable; `Unsupported` for `amqps://` without the feature.
     pub fn from_url(url: &str) -> Result<Self, Error> {
         let (url, own) = split_own(url);
         let (mut queue_type, mut durable) = (QueueType::default(), true);
+        let (mut ca_file, mut certificate_file, mut key_file) = (None, None, None);
         for (name, value) in own {
-            if name == QUEUE_TYPE {
-                queue_type = QueueType::parse(value)
-                    .ok_or_else(|| invalid("queue_type is neither quorum nor classic"))?;
-            } else {
-                durable = value
-                    .parse()
-                    .map_err(|_| invalid("durable is neither true nor false"))?;
+            match name.as_ref() {
+                QUEUE_TYPE => {
+                    queue_type = QueueType::parse(&value)
+                        .ok_or_else(|| invalid("queue_type is neither quorum nor classic"))?;
+                }
+                DURABLE => {
+                    durable = value
+                        .parse()
+                        .map_err(|_| invalid("durable is neither true nor false"))?;
+                }
+                CA_FILE => ca_file = Some(PathBuf::from(value.as_ref())),
+                CERTIFICATE_FILE => certificate_file = Some(PathBuf::from(value.as_ref())),
+                _ => key_file = Some(PathBuf::from(value.as_ref())),
             }
         }
         // What is wrong is not repeated: it may hold a password.
@@ -108,6 +129,9 @@ impl AmqpConfig {
             durable,
             node_queue_expires: Duration::from_secs(30 * 60),
             frame_max: uri.query.frame_max.unwrap_or(FRAME_MAX),
+            ca_file,
+            certificate_file,
+            key_file,
             uri,
         };
         config.check()?;
@@ -117,19 +141,51 @@ impl AmqpConfig {
     /// # Errors
     /// `Invalid` if its fields contradict each other.
     pub(crate) fn check(&self) -> Result<(), Error> {
-        match self.durable || self.queue_type == QueueType::Classic {
-            true => Ok(()),
-            false => Err(invalid("quorum queues are always durable")),
+        if !self.durable && self.queue_type == QueueType::Quorum {
+            return Err(invalid("quorum queues are always durable"));
         }
+        let identity = (&self.certificate_file, &self.key_file);
+        if matches!(identity, (Some(_), None) | (None, Some(_))) {
+            return Err(invalid("certificate_file and key_file go together"));
+        }
+        let files = [&self.ca_file, &self.certificate_file];
+        if files.iter().any(|file| file.is_some()) && !self.is_secure() {
+            return Err(invalid(
+                "ca_file, certificate_file and key_file need amqps://",
+            ));
+        }
+        Ok(())
     }
 
-    /// The address to dial, with all settings in it.
+    /// # Errors
+    /// `Invalid` if the files that it names cannot be read, or are not what they should be.
+    pub(crate) fn check_files(&self) -> Result<(), Error> {
+        #[cfg(feature = "rustls")]
+        if self.is_secure() {
+            crate::tls::connector(self)?;
+        }
+        Ok(())
+    }
+
+    /// True over TLS.
+    pub(crate) fn is_secure(&self) -> bool {
+        self.uri.scheme == AMQPScheme::AMQPS
+    }
+
+    /// The address to dial, with all settings in it but TLS, which is wrapped around it.
     pub(crate) fn uri(&self) -> AMQPUri {
         let mut uri = self.uri.clone();
+        uri.scheme = AMQPScheme::AMQP;
         let seconds = self.heartbeat.as_secs().clamp(1, u16::MAX.into());
         uri.query.heartbeat = Some(u16::try_from(seconds).unwrap_or(u16::MAX));
         uri.query.frame_max = Some(self.frame_max.max(4096));
         uri
+    }
+
+    /// Whom TLS expects at the other end.
+    #[cfg(feature = "rustls")]
+    pub(crate) fn host(&self) -> &str {
+        &self.uri.authority.host
     }
 
     /// The host and port, for people.
@@ -151,19 +207,22 @@ impl fmt::Debug for AmqpConfig {
             .field("durable", &self.durable)
             .field("node_queue_expires", &self.node_queue_expires)
             .field("frame_max", &self.frame_max)
+            .field("ca_file", &self.ca_file)
+            .field("certificate_file", &self.certificate_file)
+            .field("key_file", &self.key_file)
             .finish()
     }
 }
 
 /// The URL without the parameters that are ours, and these.
-fn split_own(url: &str) -> (String, Vec<(&str, &str)>) {
+fn split_own(url: &str) -> (String, Vec<(Cow<'_, str>, Cow<'_, str>)>) {
     let Some((address, query)) = url.split_once('?') else {
         return (url.to_owned(), Vec::new());
     };
     let (mut rest, mut own) = (Vec::new(), Vec::new());
     for parameter in query.split('&') {
-        match parameter.split_once('=') {
-            Some((name @ (QUEUE_TYPE | DURABLE), value)) => own.push((name, value)),
+        match url::form_urlencoded::parse(parameter.as_bytes()).next() {
+            Some((name, value)) if OWN.contains(&name.as_ref()) => own.push((name, value)),
             _ => rest.push(parameter),
         }
     }
@@ -173,7 +232,7 @@ fn split_own(url: &str) -> (String, Vec<(&str, &str)>) {
     }
 }
 
-fn invalid(message: &'static str) -> Error {
+pub(crate) fn invalid(message: impl Into<String>) -> Error {
     Error::not_executed(ErrorKind::Invalid, message)
 }
 
@@ -233,6 +292,26 @@ mod tests {
             let error = AmqpConfig::from_url(url).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Invalid, "{url}");
         }
+    }
+
+    #[test]
+    fn files_are_named_whole_and_only_for_tls() {
+        let fields = |url| {
+            let config = AmqpConfig::from_url(url)?;
+            Ok::<_, Error>((config.ca_file, config.certificate_file, config.key_file))
+        };
+        let file = |name: &str| Some(PathBuf::from(name));
+        if cfg!(feature = "rustls") {
+            let url = "amqps://h/?ca_file=/a%20b=%26.pem&certificate_file=c&key_file=k";
+            assert_eq!(
+                fields(url).unwrap(),
+                (file("/a b=&.pem"), file("c"), file("k"))
+            );
+            let alone = fields("amqps://h/?key_file=k").unwrap_err();
+            assert_eq!(alone.kind(), ErrorKind::Invalid);
+        }
+        let plain = fields("amqp://h/?ca_file=/a.pem").unwrap_err();
+        assert_eq!(plain.kind(), ErrorKind::Invalid);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::net::{Shutdown, TcpStream};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use lapin::tcp::{AMQPUriTcpExt, AsyncTcpStream, TLSConfig};
+use lapin::tcp::{AMQPUriTcpExt, AsyncTcpStream};
 use lapin::{Connection, ConnectionProperties, runtime};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -37,11 +37,19 @@ pub(crate) async fn dial(
     let grip = Grip::default();
     let mut unless_connected = CutOnDrop(Some(grip.clone()));
     let connector = grip.clone();
+    let uri = config.uri();
+    #[cfg(feature = "rustls")]
+    let config = config.clone();
     let connect = Connection::connector(
-        config.uri(),
+        uri,
         runtime::default_runtime()?,
         async move |uri, runtime| {
-            let dial = uri.connect_with_config_async(TLSConfig::default(), &runtime);
+            let dial = async {
+                let stream = uri.connect_async(&runtime).await?;
+                #[cfg(feature = "rustls")]
+                let stream = crate::tls::wrap(&config, stream).await?;
+                Ok::<_, io::Error>(stream)
+            };
             let dialled = connector.let_go.run_until_cancelled(dial).await;
             let stream = dialled
                 .ok_or(io::ErrorKind::TimedOut)

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use antiphon_conformance::brokers::{Broker, Stop};
-use antiphon_conformance::proxy::Proxy;
+use antiphon_conformance::brokers::{Broker, Certificates, Stop};
+use antiphon_conformance::proxy::{Proxy, replace_authority};
 use antiphon_conformance::{Bounds, Connected, Harness, HookError, Link};
 use antiphon_core::{Error, ErrorKind, ReplyAddress, ServiceName};
 use async_trait::async_trait;
@@ -23,13 +23,33 @@ use crate::transport::AmqpTransport;
 pub struct AmqpHarness {
     broker: Arc<Broker>,
     queue_type: QueueType,
+    tls: Option<Certificates>,
 }
 
 impl AmqpHarness {
     /// A harness on this broker, whose service queues are declared as `queue_type`.
     #[must_use]
     pub fn new(broker: Arc<Broker>, queue_type: QueueType) -> Self {
-        Self { broker, queue_type }
+        Self {
+            broker,
+            queue_type,
+            tls: None,
+        }
+    }
+
+    /// The same over TLS, to a broker that was started with these.
+    #[must_use]
+    pub fn over_tls(mut self, certificates: Certificates) -> Self {
+        self.tls = Some(certificates);
+        self
+    }
+
+    /// Where to connect, and its host and port.
+    fn address(&self) -> Option<(String, String)> {
+        match &self.tls {
+            Some(_) => self.broker.tls_url().zip(self.broker.tls_authority()),
+            None => Some((self.broker.url().to_owned(), self.broker.authority())),
+        }
     }
 
     fn config(&self, url: &str) -> Result<AmqpConfig, Error> {
@@ -92,13 +112,13 @@ impl Harness for AmqpHarness {
         let broken = |error: std::io::Error| {
             Error::not_executed(ErrorKind::Connect, format!("no proxy: {error}"))
         };
-        let authority = self.broker.authority();
-        let proxy = Proxy::start(&authority).await.map_err(broken)?;
-        let url = self
-            .broker
-            .url()
-            .replace(&authority, &proxy.addr().to_string());
-        let transport = AmqpTransport::connect(self.config(&url)?).await?;
+        let (url, authority) = self
+            .address()
+            .ok_or_else(|| Error::not_executed(ErrorKind::Unsupported, "the broker has no TLS"))?;
+        let proxy = Proxy::start(authority).await.map_err(broken)?;
+        let mut config = self.config(&replace_authority(&url, proxy.addr()))?;
+        config.ca_file = self.tls.as_ref().map(Certificates::ca_file);
+        let transport = AmqpTransport::connect(config).await?;
         Ok(Connected {
             transport: Arc::new(transport),
             link: Arc::new(ProxyLink(proxy)),

@@ -28,6 +28,8 @@ mod roller;
 mod settle;
 mod slip;
 mod subscription;
+#[cfg(feature = "rustls")]
+mod tls;
 mod topology;
 mod transport;
 mod wire;

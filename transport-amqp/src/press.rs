@@ -12,7 +12,7 @@ use std::time::Duration;
 use amq_protocol::frame::AMQPFrame;
 use amq_protocol::protocol::{AMQPClass, channel, confirm, connection};
 use futures_util::task::AtomicWaker;
-use lapin::tcp::{AMQPUriTcpExt, TLSConfig};
+use lapin::tcp::AMQPUriTcpExt;
 use lapin::{BasicProperties, runtime};
 use tokio::sync::{oneshot, watch};
 use tokio::time::timeout;
@@ -76,10 +76,10 @@ impl Life for Press {
         let begun = async {
             let uri = config.uri();
             let runtime = runtime::default_runtime()?;
-            let stream = uri
-                .connect_with_config_async(TLSConfig::default(), &runtime)
-                .await
-                .map_err(|error| Failure::Lost(error.to_string()))?;
+            let lost = |error: std::io::Error| Failure::Lost(error.to_string());
+            let stream = uri.connect_async(&runtime).await.map_err(lost)?;
+            #[cfg(feature = "rustls")]
+            let stream = crate::tls::wrap(config, stream).await.map_err(lost)?;
             let mut socket = Socket::new(stream);
             let tuned = shake_hands(&mut socket, &uri, name).await?;
             socket.tune(tuned.frame_max);

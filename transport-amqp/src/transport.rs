@@ -64,10 +64,11 @@ impl AmqpTransport {
     /// **Cancel safety**: dropping the future closes what was opened.
     ///
     /// # Errors
-    /// `Invalid` if the fields of the config contradict each other; `Connect` if the broker is not there, refuses the user, or does not answer within
+    /// `Invalid` if the fields of the config contradict each other, or its files are of no use; `Connect` if the broker is not there, refuses the user, or does not answer within
     /// [`AmqpConfig::connect_timeout`].
     pub async fn connect(config: AmqpConfig) -> Result<Self, Error> {
         config.check()?;
+        config.check_files()?;
         let shutdown = Shutdown::default();
         let closed = &shutdown.links;
         let connected = tokio::try_join!(

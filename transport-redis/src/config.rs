@@ -1,6 +1,7 @@
 //! How to connect, and what to promise.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use antiphon_core::{Error, ErrorKind};
@@ -31,12 +32,21 @@ pub struct RedisConfig {
     pub inline_body: usize,
     /// The most dead letters kept of one service; older ones are dropped. Default: 1,000.
     pub dead_letters: usize,
+    /// A PEM file with the certificates of the authorities to trust, in place of the platform's own (which `SSL_CERT_FILE` can
+    /// name, on Unix). Only over TLS, as the next two. Default: none.
+    pub ca_file: Option<PathBuf>,
+    /// A PEM file with the certificate that we show to a server which asks for one, and those between it and its authority.
+    /// Only with [`key_file`](Self::key_file). Default: none.
+    pub certificate_file: Option<PathBuf>,
+    /// A PEM file with the key of [`certificate_file`](Self::certificate_file), not encrypted. Default: none.
+    pub key_file: Option<PathBuf>,
     /// Accept a server whose `maxmemory-policy` may evict keys, and with them requests. Default: false.
     pub allow_eviction: bool,
 }
 
 impl RedisConfig {
-    /// The default configuration for `redis://[user[:password]@]host[:port][/db]`, or `rediss://` for TLS.
+    /// The default configuration for `redis://[user[:password]@]host[:port][/db]`, or `rediss://` for TLS. Its parameters
+    /// `ca_file`, `certificate_file` and `key_file` set the fields of these names: `rediss://h/?ca_file=/etc/ssl/ours.pem`.
     ///
     /// # Errors
     /// [`ErrorKind::Invalid`] for anything else; [`ErrorKind::Unsupported`] for `rediss://` without the feature `rustls`.
@@ -58,7 +68,16 @@ impl RedisConfig {
         url.clone()
             .into_connection_info()
             .map_err(|_| invalid("not redis://[user[:password]@]host[:port][/db]"))?;
+        let file = |name: &str| {
+            let value = url.query_pairs().find(|(key, _)| key == name);
+            value.map(|(_, value)| PathBuf::from(value.as_ref()))
+        };
+        let (ca_file, certificate_file) = (file("ca_file"), file("certificate_file"));
+        let key_file = file("key_file");
         Ok(Self {
+            ca_file,
+            certificate_file,
+            key_file,
             url,
             connect_timeout: Duration::from_secs(10),
             lease: Duration::from_secs(10),
@@ -84,6 +103,16 @@ impl RedisConfig {
         if self.inbox_ttl < INBOX_TTL_MIN {
             return Err(invalid("the inbox_ttl is below 300 ms"));
         }
+        let identity = (&self.certificate_file, &self.key_file);
+        if matches!(identity, (Some(_), None) | (None, Some(_))) {
+            return Err(invalid("certificate_file and key_file go together"));
+        }
+        let files = [&self.ca_file, &self.certificate_file];
+        if files.iter().any(|file| file.is_some()) && self.url.scheme() != "rediss" {
+            return Err(invalid(
+                "ca_file, certificate_file and key_file need rediss://",
+            ));
+        }
         Ok(())
     }
 
@@ -108,12 +137,15 @@ impl fmt::Debug for RedisConfig {
             .field("inbox_ttl", &self.inbox_ttl)
             .field("inline_body", &self.inline_body)
             .field("dead_letters", &self.dead_letters)
+            .field("ca_file", &self.ca_file)
+            .field("certificate_file", &self.certificate_file)
+            .field("key_file", &self.key_file)
             .field("allow_eviction", &self.allow_eviction)
             .finish()
     }
 }
 
-fn invalid(message: &str) -> Error {
+pub(crate) fn invalid(message: &str) -> Error {
     Error::not_executed(ErrorKind::Invalid, format!("Redis: {message}"))
 }
 

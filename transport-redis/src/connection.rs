@@ -4,8 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use antiphon_core::{ConnectionState, Error, ErrorKind};
-use redis::io::tcp::TcpSettings;
-use redis::{ProtocolVersion, RedisError, RedisResult, ServerErrorKind};
+use redis::{RedisError, RedisResult, ServerErrorKind};
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
@@ -14,7 +13,7 @@ use uuid::Uuid;
 use crate::clock::Clock;
 use crate::command::Pipeline;
 use crate::config::RedisConfig;
-use crate::dial::dial;
+use crate::dial::Dialler;
 use crate::socket::Socket;
 use crate::value::Value;
 use crate::{error, scripts};
@@ -33,32 +32,27 @@ const PAUSE_MAX: Duration = Duration::from_secs(1);
 
 /// Makes connections.
 #[derive(Debug)]
-pub(crate) struct Connector(redis::Client);
+pub(crate) struct Connector {
+    dialler: Dialler,
+    /// For the connection of a thread outside of the runtime.
+    client: redis::Client,
+}
 
 impl Connector {
     pub(crate) fn new(config: &RedisConfig) -> Result<Self, Error> {
-        let info = config.connection_info()?;
-        // Without nodelay a small command waits for the acknowledgement of the one before. RESP3 tells of a lost
-        // connection without waiting for the next command.
-        let redis = info
-            .redis_settings()
-            .clone()
-            .set_protocol(ProtocolVersion::RESP3);
-        let info = info
-            .set_tcp_settings(TcpSettings::default().set_nodelay(true))
-            .set_redis_settings(redis);
-        redis::Client::open(info).map(Self).map_err(|_| {
+        let dialler = Dialler::new(config)?;
+        let client = redis::Client::open(dialler.info().clone()).map_err(|_| {
             Error::not_executed(
                 ErrorKind::Invalid,
                 "the redis crate does not take the address",
             )
-        })
+        })?;
+        Ok(Self { dialler, client })
     }
 
     /// A connection, its time of answering bounded, and a token that is cancelled when it breaks.
     pub(crate) async fn open(&self, answer: Duration) -> RedisResult<Live> {
-        let dialling = dial(self.0.get_connection_info());
-        let stream = timeout(ATTEMPT, dialling)
+        let stream = timeout(ATTEMPT, self.dialler.dial())
             .await
             .map_err(|_| timed_out())??;
         let broken = CancellationToken::new();
@@ -71,7 +65,9 @@ impl Connector {
 
     /// A connection for a thread outside of the runtime.
     pub(crate) fn open_for_thread(&self, answer: Duration) -> RedisResult<redis::Connection> {
-        let connection = self.0.get_connection_with_timeout(ATTEMPT.min(answer))?;
+        let connection = self
+            .client
+            .get_connection_with_timeout(ATTEMPT.min(answer))?;
         connection.set_read_timeout(Some(answer))?;
         connection.set_write_timeout(Some(answer))?;
         Ok(connection)

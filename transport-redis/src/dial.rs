@@ -5,34 +5,77 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 
+use antiphon_core::Error;
 use futures_util::future::select_ok;
 use redis::aio::MultiplexedConnection;
+use redis::io::tcp::TcpSettings;
 use redis::{
-    AsyncConnectionConfig, ConnectionAddr, ConnectionInfo, RedisConnectionInfo, RedisResult,
+    AsyncConnectionConfig, ConnectionAddr, ConnectionInfo, ProtocolVersion, RedisConnectionInfo,
+    RedisResult,
 };
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, lookup_host};
 
+use crate::config::RedisConfig;
 use crate::socket::Duplex;
+#[cfg(feature = "rustls")]
+use crate::tls::{self, Tls};
 
-/// Connects, and introduces us to the server.
-pub(crate) async fn dial(info: &ConnectionInfo) -> RedisResult<Box<dyn Duplex>> {
-    let stream: Box<dyn Duplex> = match info.addr() {
-        ConnectionAddr::Tcp(host, port) => Box::new(connect(host, *port).await?),
+/// Where Redis is, and as whom we come.
+#[derive(Debug)]
+pub(crate) struct Dialler {
+    info: ConnectionInfo,
+    #[cfg(feature = "rustls")]
+    tls: Tls,
+}
+
+impl Dialler {
+    pub(crate) fn new(config: &RedisConfig) -> Result<Self, Error> {
+        let info = config.connection_info()?;
         #[cfg(feature = "rustls")]
-        ConnectionAddr::TcpTls {
-            host,
-            port,
-            insecure: false,
-            ..
-        } => Box::new(secure(host, connect(host, *port).await?).await?),
-        // No other one comes from the addresses that we take.
-        _ => {
-            let message = "the address is of a kind that is not supported";
-            return Err(io::Error::new(io::ErrorKind::Unsupported, message).into());
-        }
-    };
-    greet(info.redis_settings(), stream).await
+        let (info, tls) = match info.addr() {
+            ConnectionAddr::TcpTls { .. } => tls::secure(config, info)?,
+            _ => (info, Tls::default()),
+        };
+        // The protocol that `wire` reads.
+        let settings = info
+            .redis_settings()
+            .clone()
+            .set_protocol(ProtocolVersion::RESP3);
+        let info = info
+            // Without nodelay a small command waits for the acknowledgement of the one before.
+            .set_tcp_settings(TcpSettings::default().set_nodelay(true))
+            .set_redis_settings(settings);
+        Ok(Self {
+            info,
+            #[cfg(feature = "rustls")]
+            tls,
+        })
+    }
+
+    pub(crate) fn info(&self) -> &ConnectionInfo {
+        &self.info
+    }
+
+    /// Connects, and introduces us to the server.
+    pub(crate) async fn dial(&self) -> RedisResult<Box<dyn Duplex>> {
+        let stream: Box<dyn Duplex> = match self.info.addr() {
+            ConnectionAddr::Tcp(host, port) => Box::new(connect(host, *port).await?),
+            #[cfg(feature = "rustls")]
+            ConnectionAddr::TcpTls {
+                host,
+                port,
+                insecure: false,
+                ..
+            } => Box::new(self.tls.wrap(host, connect(host, *port).await?).await?),
+            // No other one comes from the addresses that we take.
+            _ => {
+                let message = "the address is of a kind that is not supported";
+                return Err(io::Error::new(io::ErrorKind::Unsupported, message).into());
+            }
+        };
+        greet(self.info.redis_settings(), stream).await
+    }
 }
 
 /// Tries all addresses of the host at once.
@@ -48,35 +91,8 @@ async fn connect(host: &str, port: u16) -> io::Result<TcpStream> {
         ));
     }
     let (stream, _) = select_ok(attempts).await?;
-    // Or a small command waits for the acknowledgement of the one before.
     stream.set_nodelay(true)?;
     Ok(stream)
-}
-
-/// TLS, as the client library does it: trusted is whom the system trusts.
-#[cfg(feature = "rustls")]
-async fn secure(
-    host: &str,
-    stream: TcpStream,
-) -> io::Result<tokio_rustls::client::TlsStream<TcpStream>> {
-    use tokio_rustls::TlsConnector;
-    use tokio_rustls::rustls::pki_types::ServerName;
-    use tokio_rustls::rustls::{ClientConfig, RootCertStore};
-
-    let mut trusted = RootCertStore::empty();
-    let mut found = rustls_native_certs::load_native_certs();
-    if let Some(error) = found.errors.pop() {
-        return Err(io::Error::other(error));
-    }
-    for certificate in found.certs {
-        trusted.add(certificate).map_err(io::Error::other)?;
-    }
-    let config = ClientConfig::builder()
-        .with_root_certificates(trusted)
-        .with_no_client_auth();
-    let name = ServerName::try_from(host.to_owned()).map_err(io::Error::other)?;
-    let connector = TlsConnector::from(Arc::new(config));
-    connector.connect(name, stream).await
 }
 
 /// Lends the stream to the client library for what it does first: protocol, user, database, its name.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use antiphon_conformance::brokers::{Broker, Stop};
+use antiphon_conformance::brokers::{Broker, Certificates, Stop};
 use antiphon_conformance::proxy::{Proxy, replace_authority};
 use antiphon_conformance::{Bounds, Connected, Harness, HookError};
 use antiphon_core::{Error, ErrorKind, ReplyAddress, ServiceName};
@@ -25,13 +25,29 @@ const INBOX_TTL: Duration = Duration::from_secs(4);
 #[derive(Debug)]
 pub struct RedisHarness {
     broker: Arc<Broker>,
+    tls: Option<Certificates>,
 }
 
 impl RedisHarness {
     /// A harness on this broker, with a lease of 2 s and inboxes that live for 4 s.
     #[must_use]
     pub fn new(broker: Arc<Broker>) -> Self {
-        Self { broker }
+        Self { broker, tls: None }
+    }
+
+    /// The same over TLS, to a broker that was started with these.
+    #[must_use]
+    pub fn over_tls(mut self, certificates: Certificates) -> Self {
+        self.tls = Some(certificates);
+        self
+    }
+
+    /// Where to connect, and its host and port.
+    fn address(&self) -> Option<(String, String)> {
+        match &self.tls {
+            Some(_) => self.broker.tls_url().zip(self.broker.tls_authority()),
+            None => Some((self.broker.url().to_owned(), self.broker.authority())),
+        }
     }
 
     async fn admin(&self) -> Result<MultiplexedConnection, HookError> {
@@ -48,13 +64,15 @@ impl Harness for RedisHarness {
     }
 
     async fn connect(&self) -> Result<Connected, Error> {
-        let proxy = Proxy::start(self.broker.authority())
-            .await
-            .map_err(|error| {
-                Error::not_executed(ErrorKind::Connect, format!("no proxy: {error}"))
-            })?;
-        let url = replace_authority(self.broker.url(), proxy.addr());
-        let mut config = RedisConfig::from_url(&url)?;
+        let broken = |error: std::io::Error| {
+            Error::not_executed(ErrorKind::Connect, format!("no proxy: {error}"))
+        };
+        let (url, authority) = self
+            .address()
+            .ok_or_else(|| Error::not_executed(ErrorKind::Unsupported, "the broker has no TLS"))?;
+        let proxy = Proxy::start(authority).await.map_err(broken)?;
+        let mut config = RedisConfig::from_url(&replace_authority(&url, proxy.addr()))?;
+        config.ca_file = self.tls.as_ref().map(Certificates::ca_file);
         config.lease = LEASE;
         config.inbox_ttl = INBOX_TTL;
         Ok(Connected {

@@ -35,6 +35,8 @@ mod settlement;
 mod socket;
 mod subscription;
 mod taker;
+#[cfg(feature = "rustls")]
+mod tls;
 mod transport;
 mod value;
 mod wire;

@@ -49,6 +49,19 @@ struct State {
     waker: Option<Waker>,
 }
 
+/// Ends the connection with its task, whatever ends that.
+struct Ending {
+    shared: Arc<Shared>,
+    broken: CancellationToken,
+}
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        self.shared.lock().end();
+        self.broken.cancel();
+    }
+}
+
 /// A pipeline that was written, or is about to be.
 struct Waiting {
     expected: usize,
@@ -68,11 +81,13 @@ impl Socket {
             waiting: VecDeque::new(),
             waker: None,
         })));
-        let driven = Arc::clone(&shared);
+        let ending = Ending {
+            shared: Arc::clone(&shared),
+            broken,
+        };
         let task = tokio::spawn(async move {
-            let error = poll_fn(|context| driven.lock().poll(context)).await;
+            let error = poll_fn(|context| ending.shared.lock().poll(context)).await;
             tracing::debug!(%error, "a connection to Redis ended");
-            broken.cancel();
         });
         Self {
             shared,
@@ -145,15 +160,10 @@ impl State {
             None => self.waker = Some(context.waker().clone()),
         }
         // Both, always: a server that nobody reads from does not read either.
-        let over = match self.poll_read(context) {
-            Poll::Ready(error) => error,
-            Poll::Pending => match self.poll_write(context) {
-                Poll::Ready(Err(error)) => error,
-                Poll::Ready(Ok(())) | Poll::Pending => return Poll::Pending,
-            },
-        };
-        self.end();
-        Poll::Ready(over)
+        match (self.poll_read(context), self.poll_write(context)) {
+            (Poll::Ready(error), _) | (_, Poll::Ready(Err(error))) => Poll::Ready(error),
+            (Poll::Pending, _) => Poll::Pending,
+        }
     }
 
     /// Reads all that is there.
@@ -384,6 +394,46 @@ mod tests {
         };
         let (answers, ()) = tokio::join!(socket.execute(&last), server);
         assert_eq!(answers.unwrap(), [Value::Int(2)]);
+    }
+
+    /// Takes all that is written, and cannot be read.
+    struct Faulty;
+
+    impl AsyncRead for Faulty {
+        fn poll_read(
+            self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            _: &mut tokio::io::ReadBuf<'_>,
+        ) -> Poll<io::Result<()>> {
+            panic!("on purpose")
+        }
+    }
+
+    impl AsyncWrite for Faulty {
+        fn poll_write(
+            self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            bytes: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            Poll::Ready(Ok(bytes.len()))
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    #[tokio::test]
+    async fn a_panic_ends_the_connection() {
+        let broken = CancellationToken::new();
+        let socket = Socket::new(Box::new(Faulty), broken.clone());
+        let one = get("a");
+        socket.execute(&one).await.unwrap_err();
+        broken.cancelled().await;
     }
 
     #[tokio::test]

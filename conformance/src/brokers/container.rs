@@ -1,13 +1,15 @@
 //! A broker in a container.
 
 use std::io;
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use testcontainers::core::{ContainerPort, ExecCommand};
 use testcontainers::runners::AsyncRunner;
 use testcontainers::{
-    ContainerAsync, ContainerRequest, GenericImage, ImageExt, TestcontainersError,
+    ContainerAsync, ContainerRequest, CopyTargetOptions, GenericImage, ImageExt,
+    TestcontainersError,
 };
 use tokio::runtime::Handle;
 use tokio::time::timeout;
@@ -32,6 +34,7 @@ pub(super) struct Container {
     /// None only while it is dropped.
     container: Option<ContainerAsync<GenericImage>>,
     authority: String,
+    tls_authority: Option<String>,
     _watchdog: Option<Watchdog>,
 }
 
@@ -39,7 +42,8 @@ impl Container {
     pub(super) async fn start(options: &BrokerOptions, image: &str) -> io::Result<Self> {
         // The port is ours to choose, since the daemon would choose another one at each start.
         let port = ports::free_port()?;
-        let container = request(options, image, port)
+        let tls_port = options.tls.is_some().then(ports::free_port).transpose()?;
+        let container = request(options, image, port, tls_port)?
             .start()
             .await
             .map_err(|error| failed(image, &error))?;
@@ -57,6 +61,7 @@ impl Container {
             kind: options.kind,
             container: Some(container),
             authority: format!("{host}:{port}"),
+            tls_authority: tls_port.map(|port| format!("{host}:{port}")),
             _watchdog: watchdog,
         };
         this.ready().await?;
@@ -65,6 +70,10 @@ impl Container {
 
     pub(super) fn authority(&self) -> &str {
         &self.authority
+    }
+
+    pub(super) fn tls_authority(&self) -> Option<String> {
+        self.tls_authority.clone()
     }
 
     pub(super) async fn stop(&self, how: Stop) -> io::Result<()> {
@@ -139,7 +148,10 @@ impl Container {
             error = self.ended() => Err(error),
         };
         match ready {
-            Ok(()) => Ok(()),
+            Ok(()) => match &self.tls_authority {
+                Some(authority) => probe::listens(authority, START).await,
+                None => Ok(()),
+            },
             Err(error) => {
                 let reason = format!("{error}; its log ends with:\n{}", self.log_tail().await);
                 Err(io::Error::new(error.kind(), reason))
@@ -177,13 +189,35 @@ impl Drop for Container {
     }
 }
 
-fn request(options: &BrokerOptions, image: &str, port: u16) -> ContainerRequest<GenericImage> {
+fn request(
+    options: &BrokerOptions,
+    image: &str,
+    port: u16,
+    tls_port: Option<u16>,
+) -> io::Result<ContainerRequest<GenericImage>> {
     let (name, tag) = name_and_tag(image);
     let inner = ContainerPort::Tcp(options.kind.default_port());
-    let request = GenericImage::new(name, tag)
+    let mut request = GenericImage::new(name, tag)
         .with_exposed_port(inner)
         .with_mapped_port(port, inner);
-    match options.kind {
+    let inner_tls_port = match options.kind {
+        BrokerKind::Redis | BrokerKind::Valkey => 6380,
+        BrokerKind::RabbitMq => 5671,
+    };
+    if let (Some(tls), Some(port)) = (&options.tls, tls_port) {
+        request = request.with_mapped_port(port, ContainerPort::Tcp(inner_tls_port));
+        for file in [
+            tls.ca_file(),
+            tls.server_certificate_file(),
+            tls.server_key_file(),
+        ] {
+            // The broker, which has a user of its own, must be able to read it.
+            let target = CopyTargetOptions::new(inside(file.clone())).with_mode(0o644);
+            request = request.with_copy_to(target, std::fs::read(file)?);
+        }
+    }
+    let tls = options.tls_settings(inner_tls_port, inside);
+    Ok(match options.kind {
         BrokerKind::Redis | BrokerKind::Valkey => {
             let server = format!("{}-server", options.kind);
             let reachable = ["--bind", "0.0.0.0", "--protected-mode", "no"].map(str::to_owned);
@@ -191,20 +225,27 @@ fn request(options: &BrokerOptions, image: &str, port: u16) -> ContainerRequest<
                 [server]
                     .into_iter()
                     .chain(reachable)
-                    .chain(redis::arguments(options)),
+                    .chain(redis::arguments(options, &tls)),
             )
         }
         BrokerKind::RabbitMq => {
-            let configuration = format!(
-                "loopback_users = none\n{}",
-                rabbitmq::common_configuration(options)
-            );
+            let mut configuration = "loopback_users = none\n".to_owned();
+            if tls_port.is_some() {
+                configuration.push_str(&format!("listeners.ssl.default = {inner_tls_port}\n"));
+            }
+            configuration.push_str(&rabbitmq::common_configuration(options, tls));
             request.with_copy_to(
                 "/etc/rabbitmq/conf.d/90-antiphon.conf",
                 configuration.into_bytes(),
             )
         }
-    }
+    })
+}
+
+/// Where a file of the broker's is in its container.
+fn inside(file: PathBuf) -> String {
+    let name = file.file_name().unwrap_or_default();
+    format!("/etc/antiphon-{}", name.to_string_lossy())
 }
 
 /// The tag is what follows a colon behind the last slash; before that, a colon is of a registry's port.

@@ -28,6 +28,7 @@
 //! Nothing outlives the test process, however that ends: a process is killed by a watchdog, a container is removed by
 //! one if the command `docker` is there.
 
+mod certificates;
 #[cfg(feature = "containers")]
 mod container;
 mod environment;
@@ -41,7 +42,9 @@ mod tests;
 
 use std::fmt;
 use std::io;
+use std::path::PathBuf;
 
+pub use certificates::Certificates;
 pub use environment::required;
 pub(crate) use ports::free_port;
 
@@ -89,6 +92,7 @@ pub struct BrokerOptions {
     kind: BrokerKind,
     durability: Durability,
     settings: Vec<(String, String)>,
+    tls: Option<Certificates>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,6 +109,7 @@ impl BrokerOptions {
             kind,
             durability: Durability::Memory,
             settings: Vec::new(),
+            tls: None,
         }
     }
 
@@ -121,6 +126,44 @@ impl BrokerOptions {
     pub fn setting(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
         self.settings.push((name.into(), value.into()));
         self
+    }
+
+    /// It takes connections over TLS as well: see [`Broker::tls_url`]. A certificate of the client's is checked if there is one; a
+    /// setting can demand it. A broker that is given by URL cannot be told to.
+    #[must_use]
+    pub fn tls(mut self, certificates: &Certificates) -> Self {
+        self.tls = Some(certificates.clone());
+        self
+    }
+
+    /// The broker's own words for TLS, with its files where `file` says that they are.
+    fn tls_settings(&self, port: u16, file: impl Fn(PathBuf) -> String) -> Vec<(String, String)> {
+        let Some(tls) = &self.tls else {
+            return Vec::new();
+        };
+        let ca = file(tls.ca_file());
+        let certificate = file(tls.server_certificate_file());
+        let key = file(tls.server_key_file());
+        let settings = match self.kind {
+            BrokerKind::Redis | BrokerKind::Valkey => vec![
+                ("tls-port", port.to_string()),
+                ("tls-ca-cert-file", ca),
+                ("tls-cert-file", certificate),
+                ("tls-key-file", key),
+                ("tls-auth-clients", "optional".to_owned()),
+            ],
+            BrokerKind::RabbitMq => vec![
+                ("ssl_options.cacertfile", ca),
+                ("ssl_options.certfile", certificate),
+                ("ssl_options.keyfile", key),
+                ("ssl_options.verify", "verify_peer".to_owned()),
+                ("ssl_options.fail_if_no_peer_cert", "false".to_owned()),
+            ],
+        };
+        let named = settings.into_iter();
+        named
+            .map(|(name, value)| (name.to_owned(), value))
+            .collect()
     }
 }
 
@@ -184,8 +227,15 @@ pub async fn start(options: BrokerOptions) -> Result<Broker, Unavailable> {
         let asked = matches!(source, Source::Url(_));
         match Broker::start(&options, source).await {
             Ok(broker) => return Ok(broker),
-            // Whoever names a broker means that one: to go on with another would test something else unnoticed.
-            Err(error) if asked => return Err(unavailable(error.to_string(), true)),
+            // Whoever names a broker means that one: to go on with another would test something else unnoticed. What it cannot do
+            // is no failure.
+            Err(error) if asked => {
+                return Err(Unavailable {
+                    kind,
+                    reason: error.to_string(),
+                    failure: error.kind() != io::ErrorKind::Unsupported,
+                });
+            }
             Err(error) => reasons.push(error.to_string()),
         }
     }
@@ -218,7 +268,7 @@ impl Broker {
     async fn start(options: &BrokerOptions, source: Source) -> io::Result<Self> {
         let (runtime, url) = match source {
             Source::Url(url) => {
-                if !options.settings.is_empty() {
+                if !options.settings.is_empty() || options.tls.is_some() {
                     return Err(unsupported(
                         "a broker that is given by URL cannot be configured",
                     ));
@@ -300,6 +350,26 @@ impl Broker {
     #[must_use]
     pub fn url(&self) -> &str {
         &self.url
+    }
+
+    /// Where clients connect over TLS, if it was started with [`BrokerOptions::tls`]. It stays the same over a restart.
+    #[must_use]
+    pub fn tls_url(&self) -> Option<String> {
+        let url = url_of(self.kind, &self.tls_authority()?);
+        let (scheme, rest) = url.split_once(':')?;
+        Some(format!("{scheme}s:{rest}"))
+    }
+
+    /// Host and port of [`tls_url`](Self::tls_url).
+    #[must_use]
+    pub fn tls_authority(&self) -> Option<String> {
+        match &self.runtime {
+            Runtime::Url => None,
+            Runtime::Redis(process) => process.tls_authority(),
+            Runtime::RabbitMq(process) => process.tls_authority(),
+            #[cfg(feature = "containers")]
+            Runtime::Container(container) => container.tls_authority(),
+        }
     }
 
     /// Host and port of [`url`](Self::url), for a [`Proxy`](crate::proxy::Proxy).

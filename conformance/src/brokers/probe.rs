@@ -46,6 +46,19 @@ pub(super) async fn ready(
     }
 }
 
+/// Waits until somebody listens at `authority`.
+pub(super) async fn listens(authority: &str, patience: Duration) -> io::Result<()> {
+    let silent = async {
+        while TcpStream::connect(authority).await.is_err() {
+            sleep(PAUSE).await;
+        }
+    };
+    timeout(patience, silent).await.map_err(|_| {
+        let reason = format!("nobody listens at {authority} after {patience:?}");
+        io::Error::new(io::ErrorKind::TimedOut, reason)
+    })
+}
+
 /// Waits until nobody listens at `authority`.
 pub(super) async fn gone(authority: &str, patience: Duration) -> io::Result<()> {
     let listens = async {

@@ -29,6 +29,7 @@ const CTL_PROGRAM: [&str; 2] = ["/usr/lib/rabbitmq/bin/rabbitmqctl", "rabbitmqct
 pub(super) struct RabbitMqProcess {
     program: PathBuf,
     port: u16,
+    tls_port: Option<u16>,
     environment: Vec<(&'static str, String)>,
     // Declared, and so dropped, before the directory that they write to.
     process: Mutex<Option<Process>>,
@@ -57,10 +58,11 @@ impl RabbitMqProcess {
     ) -> io::Result<Self> {
         let directory = Directory::create()?;
         let port = ports::free_port()?;
+        let tls_port = options.tls.is_some().then(ports::free_port).transpose()?;
         let epmd_port = ports::free_port()?;
         fs::write(
             directory.path().join("rabbitmq.conf"),
-            configuration(options, port),
+            configuration(options, port, tls_port),
         )?;
         fs::write(directory.path().join("enabled_plugins"), "[].\n")?;
         fs::write(directory.path().join("rabbitmq-env.conf"), "")?;
@@ -75,6 +77,7 @@ impl RabbitMqProcess {
         let this = Self {
             program,
             port,
+            tls_port,
             environment,
             process: Mutex::new(None),
             _epmd: epmd,
@@ -86,6 +89,10 @@ impl RabbitMqProcess {
 
     pub(super) fn authority(&self) -> String {
         format!("127.0.0.1:{}", self.port)
+    }
+
+    pub(super) fn tls_authority(&self) -> Option<String> {
+        self.tls_port.map(|port| format!("127.0.0.1:{port}"))
     }
 
     /// The node's own id. The process that was started is a script that waits for the node.
@@ -119,6 +126,9 @@ impl RabbitMqProcess {
         let kind = super::BrokerKind::RabbitMq;
         let ready = probe::ready(kind, &self.authority(), START, || process.check_alive()).await;
         ready.map_err(|error| self.directory.explain("rabbitmq-server", &error))?;
+        if let Some(authority) = self.tls_authority() {
+            probe::listens(&authority, START).await?;
+        }
         *running = Some(process);
         Ok(())
     }
@@ -149,20 +159,23 @@ impl RabbitMqProcess {
     }
 }
 
-/// The text of `rabbitmq.conf` beside the listener: alarms only where a test sets them.
-pub(super) fn common_configuration(options: &BrokerOptions) -> String {
+/// The text of `rabbitmq.conf` beside the listeners: alarms only where a test sets them.
+pub(super) fn common_configuration(options: &BrokerOptions, tls: Vec<(String, String)>) -> String {
     let mut lines = "disk_free_limit.absolute = 1MB\n".to_owned();
-    for (name, value) in &options.settings {
+    for (name, value) in tls.iter().chain(&options.settings) {
         lines.push_str(&format!("{name} = {value}\n"));
     }
     lines
 }
 
-fn configuration(options: &BrokerOptions, port: u16) -> String {
-    format!(
-        "listeners.tcp.1 = 127.0.0.1:{port}\n{}",
-        common_configuration(options)
-    )
+fn configuration(options: &BrokerOptions, port: u16, tls_port: Option<u16>) -> String {
+    let mut lines = format!("listeners.tcp.1 = 127.0.0.1:{port}\n");
+    if let Some(port) = tls_port {
+        lines.push_str(&format!("listeners.ssl.1 = 127.0.0.1:{port}\n"));
+    }
+    let here = |file: PathBuf| file.display().to_string();
+    let tls = options.tls_settings(tls_port.unwrap_or_default(), here);
+    lines + &common_configuration(options, tls)
 }
 
 fn environment(

@@ -20,6 +20,7 @@ pub(super) struct RedisProcess {
     options: BrokerOptions,
     program: PathBuf,
     port: u16,
+    tls_port: Option<u16>,
     // Declared, and so dropped, before the directory that it writes to.
     process: Mutex<Option<Process>>,
     directory: Directory,
@@ -38,6 +39,7 @@ impl RedisProcess {
                 options: options.clone(),
                 program: program.clone(),
                 port: ports::free_port()?,
+                tls_port: options.tls.is_some().then(ports::free_port).transpose()?,
                 process: Mutex::new(None),
                 directory: Directory::create()?,
             };
@@ -51,6 +53,10 @@ impl RedisProcess {
 
     pub(super) fn authority(&self) -> String {
         format!("127.0.0.1:{}", self.port)
+    }
+
+    pub(super) fn tls_authority(&self) -> Option<String> {
+        self.tls_port.map(|port| format!("127.0.0.1:{port}"))
     }
 
     pub(super) fn pid(&self) -> Option<u32> {
@@ -74,7 +80,7 @@ impl RedisProcess {
             let port = self.port.to_string();
             command
                 .args(["--port", &port, "--bind", "127.0.0.1"])
-                .args(arguments(&self.options));
+                .args(arguments(&self.options, &self.tls_settings()));
             command.arg("--dir").arg(self.directory.path());
         })?;
         let ready = probe::ready(self.options.kind, &self.authority(), START, || {
@@ -85,8 +91,17 @@ impl RedisProcess {
             self.directory
                 .explain(&self.program.display().to_string(), &error)
         })?;
+        if let Some(authority) = self.tls_authority() {
+            probe::listens(&authority, START).await?;
+        }
         *running = Some(process);
         Ok(())
+    }
+
+    fn tls_settings(&self) -> Vec<(String, String)> {
+        let port = self.tls_port.unwrap_or_default();
+        let here = |file: PathBuf| file.display().to_string();
+        self.options.tls_settings(port, here)
     }
 
     pub(super) fn log_tail(&self) -> String {
@@ -94,8 +109,8 @@ impl RedisProcess {
     }
 }
 
-/// Durability and settings, as arguments of the server.
-pub(super) fn arguments(options: &BrokerOptions) -> Vec<String> {
+/// Durability and settings, as arguments of the server; the test's own come last.
+pub(super) fn arguments(options: &BrokerOptions, tls: &[(String, String)]) -> Vec<String> {
     let durability: &[&str] = match options.durability {
         Durability::Memory => &["--save", "", "--appendonly", "no"],
         Durability::Disk => &[
@@ -111,7 +126,7 @@ pub(super) fn arguments(options: &BrokerOptions) -> Vec<String> {
         .iter()
         .map(|&argument| argument.to_owned())
         .collect();
-    for (name, value) in &options.settings {
+    for (name, value) in tls.iter().chain(&options.settings) {
         arguments.extend([format!("--{name}"), value.clone()]);
     }
     arguments

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use antiphon_amqp::{AmqpConfig, AmqpTransport};
-use antiphon_conformance::brokers::Broker;
+use antiphon_conformance::brokers::{Broker, Certificates};
 use antiphon_core::{Client, ClientConfig, Fault, RunningServer, Server, Transport};
 use bytes::Bytes;
 use lapin::message::Delivery;
@@ -22,11 +22,17 @@ pub(crate) const PROMPT: Duration = Duration::from_secs(5);
 #[derive(Clone)]
 pub(crate) struct Bench {
     pub(crate) broker: Arc<Broker>,
+    /// Of its TLS, if it has any.
+    #[cfg_attr(not(feature = "rustls"), expect(dead_code, reason = "no TLS"))]
+    pub(crate) certificates: Option<Certificates>,
 }
 
 impl Bench {
-    pub(crate) fn new(broker: Arc<Broker>) -> Self {
-        Self { broker }
+    pub(crate) fn new(broker: Arc<Broker>, certificates: Option<Certificates>) -> Self {
+        Self {
+            broker,
+            certificates,
+        }
     }
 
     pub(crate) fn config(&self) -> AmqpConfig {

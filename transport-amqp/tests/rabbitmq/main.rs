@@ -7,12 +7,14 @@ mod faults;
 mod peers;
 mod queues;
 mod said;
+#[cfg(feature = "rustls")]
+mod tls;
 
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use antiphon_conformance::brokers::{self, Broker, BrokerKind, BrokerOptions};
+use antiphon_conformance::brokers::{self, Broker, BrokerKind, BrokerOptions, Certificates};
 use futures_util::future::LocalBoxFuture;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use tokio::runtime::Runtime;
@@ -68,6 +70,15 @@ fn main() -> ExitCode {
         alone::a_reply_waits_for_the_alarm_to_end,
         alone::a_reply_that_the_broker_refuses_costs_no_neighbour,
     ];
+    #[cfg(feature = "rustls")]
+    let tls = cases![
+        tls::only_who_is_trusted_is_talked_to,
+        tls::the_wrong_port_is_told_at_once,
+        tls::a_client_shows_its_certificate,
+        tls::files_of_no_use_are_told_before_connecting,
+    ];
+    #[cfg(not(feature = "rustls"))]
+    let tls: [(&str, Case); 0] = [];
     let arguments = Arguments::from_args();
     let runtime = Runtime::new().expect("a runtime");
     let broker = match arguments.list {
@@ -81,18 +92,18 @@ fn main() -> ExitCode {
         eprintln!("a broker is required: {reason}");
         return ExitCode::FAILURE;
     }
-    let broker = broker.map(Arc::new);
+    let bench = broker.map(|(broker, certificates)| Bench::new(Arc::new(broker), certificates));
     let runtime = Arc::new(runtime);
-    let trials = cases.into_iter().map(|(name, case)| {
-        let (broker, runtime) = (broker.clone(), Arc::clone(&runtime));
-        Trial::ignorable_test(name, move || match broker {
-            Ok(broker) => {
+    let trials = cases.into_iter().chain(tls).map(|(name, case)| {
+        let (bench, runtime) = (bench.clone(), Arc::clone(&runtime));
+        Trial::ignorable_test(name, move || match bench {
+            Ok(bench) => {
                 let case = async {
                     let _company = match name.starts_with("alone/") {
                         true => Err(ALONE.write().await),
                         false => Ok(ALONE.read().await),
                     };
-                    tokio::time::timeout(LIMIT, case(Bench::new(broker))).await
+                    tokio::time::timeout(LIMIT, case(bench)).await
                 };
                 match runtime.block_on(case) {
                     Ok(Ok(())) => Ok(Completion::Completed),
@@ -107,15 +118,22 @@ fn main() -> ExitCode {
     let conclusion = libtest_mimic::run(&arguments, trials);
     // Dropped here, and the broker with it, which process::exit would leave running. A container is removed on a runtime.
     let _entered = runtime.enter();
-    drop(broker);
+    drop(bench);
     conclusion.exit_code()
 }
 
-async fn start() -> Result<Broker, String> {
-    let options = BrokerOptions::new(BrokerKind::RabbitMq);
-    brokers::start(options)
-        .await
-        .map_err(|missing| format!("not run: {missing}"))
+async fn start() -> Result<(Broker, Option<Certificates>), String> {
+    let mut options = BrokerOptions::new(BrokerKind::RabbitMq);
+    let mut certificates = None;
+    // One that runs already is as it is.
+    if std::env::var_os("ANTIPHON_AMQP_URL").is_none() {
+        let created = Certificates::create().map_err(|error| error.to_string())?;
+        options = options.tls(&created);
+        certificates = Some(created);
+    }
+    let started = brokers::start(options).await;
+    let broker = started.map_err(|missing| format!("not run: {missing}"))?;
+    Ok((broker, certificates))
 }
 
 /// How a case ended that did not fail.

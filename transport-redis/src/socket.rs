@@ -364,7 +364,8 @@ mod tests {
                 tokio::join!(socket.execute(&one), socket.execute(&other), server);
             assert_eq!(first.is_ok(), goodbye.starts_with(b":"));
             second.unwrap_err();
-            broken.cancelled().await;
+            let told = timeout(Duration::from_secs(10), broken.cancelled()).await;
+            told.unwrap();
             socket.execute(&one).await.unwrap_err();
         }
     }
@@ -432,8 +433,11 @@ mod tests {
         let broken = CancellationToken::new();
         let socket = Socket::new(Box::new(Faulty), broken.clone());
         let one = get("a");
-        socket.execute(&one).await.unwrap_err();
-        broken.cancelled().await;
+        let ended = async {
+            socket.execute(&one).await.unwrap_err();
+            broken.cancelled().await;
+        };
+        timeout(Duration::from_secs(10), ended).await.unwrap();
     }
 
     #[tokio::test]

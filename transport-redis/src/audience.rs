@@ -4,15 +4,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use antiphon_core::{Error, ErrorKind, Executed, ReplyAddress, Request, ServiceName};
-use redis::{Cmd, Pipeline, Value};
 use tokio::time::{Instant, timeout_at};
 
+use crate::command::{Cmd, Pipeline};
 use crate::completer::millis;
 use crate::connection::Live;
 use crate::frame;
 use crate::naming::{self, InboxKeys, ServiceKeys};
 use crate::send_batch::Now;
 use crate::transport::Shared;
+use crate::value::Value;
 use crate::{QUEUE_TTL, error, scripts};
 
 /// The audiences that an inbox belongs to, by their keys.
@@ -35,7 +36,7 @@ impl Audiences {
         // First, so that it is taken off again even if this future is dropped.
         self.add(key);
         loop {
-            let mut live = ready(shared).await?;
+            let live = ready(shared).await?;
             // If it broke, nobody knows if it was registered; doing it again does no harm.
             let Ok(answers) = live.execute(&pipeline).await else {
                 continue;
@@ -101,7 +102,7 @@ pub(crate) async fn broadcast(
         }
         None => audience.await,
     };
-    let (mut live, inboxes) = audience?;
+    let (live, inboxes) = audience?;
     let now = Now::of(&shared.clock);
     let expiry = now.expiry(&request, since).ok_or_else(late)?;
     let config = &shared.config;
@@ -155,7 +156,7 @@ async fn audience(shared: &Shared, service: &ServiceName) -> Result<(Live, Vec<I
     let mut pipeline = Pipeline::new();
     pipeline.add_command(scripts::AUDIENCE.on(&[&key]));
     loop {
-        let mut live = ready(shared).await?;
+        let live = ready(shared).await?;
         // Nothing was said yet, so it may be asked again.
         let Ok(mut answers) = live.execute(&pipeline).await else {
             continue;

@@ -6,10 +6,10 @@ use std::time::Duration;
 use antiphon_core::{Code, Deadline, Fault, Reply};
 use bytes::Bytes;
 use futures_util::{StreamExt, stream};
-use redis::{Pipeline, Value};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::command::Pipeline;
 use crate::connection::Backoff;
 use crate::frame::{self, BadFrame, RequestFrame};
 use crate::naming::InboxKeys;
@@ -18,6 +18,7 @@ use crate::settlement::{Hold, RedisSettlement};
 use crate::subscription::Taken;
 use crate::taker::executed;
 use crate::transport::Shared;
+use crate::value::Value;
 use crate::{QUEUE_TTL, error};
 
 /// The most large bodies that are fetched in one trip,
@@ -50,7 +51,7 @@ impl Claimed {
         };
         let (fresh, returned, attempt) = (number()?, number()?, number()?);
         let frame = |part| match part {
-            Value::BulkString(frame) => Some(Bytes::from(frame)),
+            Value::BulkString(frame) => Some(frame),
             _ => None,
         };
         let Some(Value::Array(frames)) = parts.next() else {
@@ -237,7 +238,7 @@ async fn fetch_few(
     let answers = loop {
         let mut link = shared.link.clone();
         let ready = session.lease.run_until_cancelled(link.ready(stopping));
-        let Some(Some(mut live)) = ready.await else {
+        let Some(Some(live)) = ready.await else {
             return Vec::new();
         };
         match live.execute(&pipeline).await {
@@ -257,7 +258,7 @@ async fn fetch_few(
     for ((index, mut decoded), answer) in few.into_iter().zip(answers) {
         match answer {
             Value::BulkString(body) => {
-                decoded.taken.request.body = body.into();
+                decoded.taken.request.body = body;
                 whole.push((index, decoded));
             }
             // It expired with the request, which nobody will start.

@@ -90,17 +90,10 @@ impl RedisConfig {
 
     /// How the redis crate calls the server.
     pub(crate) fn connection_info(&self) -> Result<redis::ConnectionInfo, Error> {
-        let info = self
-            .url
+        self.url
             .clone()
             .into_connection_info()
-            .map_err(|_| invalid("not a URL of Redis"))?;
-        #[cfg(feature = "rustls")]
-        let info = match self.url.scheme() {
-            "rediss" => crate::tls::secure(self, info)?,
-            _ => info,
-        };
-        Ok(info)
+            .map_err(|_| invalid("not a URL of Redis"))
     }
 
     pub(crate) fn check(&self) -> Result<(), Error> {

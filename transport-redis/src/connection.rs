@@ -4,20 +4,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use antiphon_core::{ConnectionState, Error, ErrorKind};
-use redis::ServerErrorKind;
-use redis::aio::MultiplexedConnection;
-use redis::io::tcp::TcpSettings;
-use redis::{
-    AsyncConnectionConfig, Pipeline, ProtocolVersion, PushInfo, PushKind, RedisError, RedisResult,
-    Value,
-};
+use redis::{RedisError, RedisResult, ServerErrorKind};
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::clock::Clock;
+use crate::command::Pipeline;
 use crate::config::RedisConfig;
+use crate::dial::Dialler;
+use crate::socket::Socket;
+use crate::value::Value;
 use crate::{error, scripts};
 
 /// The most time for one attempt to connect, after the first.
@@ -34,50 +32,42 @@ const PAUSE_MAX: Duration = Duration::from_secs(1);
 
 /// Makes connections.
 #[derive(Debug)]
-pub(crate) struct Connector(redis::Client);
+pub(crate) struct Connector {
+    dialler: Dialler,
+    /// For the connection of a thread outside of the runtime.
+    client: redis::Client,
+}
 
 impl Connector {
     pub(crate) fn new(config: &RedisConfig) -> Result<Self, Error> {
-        let info = config.connection_info()?;
-        // Without nodelay a small command waits for the acknowledgement of the one before. RESP3 tells of a lost
-        // connection without waiting for the next command.
-        let redis = info
-            .redis_settings()
-            .clone()
-            .set_protocol(ProtocolVersion::RESP3);
-        let info = info
-            .set_tcp_settings(TcpSettings::default().set_nodelay(true))
-            .set_redis_settings(redis);
-        redis::Client::open(info).map(Self).map_err(|_| {
+        let dialler = Dialler::new(config)?;
+        let client = redis::Client::open(dialler.info().clone()).map_err(|_| {
             Error::not_executed(
                 ErrorKind::Invalid,
                 "the redis crate does not take the address",
             )
-        })
+        })?;
+        Ok(Self { dialler, client })
     }
 
     /// A connection, its time of answering bounded, and a token that is cancelled when it breaks.
     pub(crate) async fn open(&self, answer: Duration) -> RedisResult<Live> {
+        let stream = timeout(ATTEMPT, self.dialler.dial())
+            .await
+            .map_err(|_| timed_out())??;
         let broken = CancellationToken::new();
-        let on_push = broken.clone();
-        let config = AsyncConnectionConfig::new()
-            .set_connection_timeout(Some(ATTEMPT))
-            .set_response_timeout(Some(answer))
-            .set_push_sender(move |push: PushInfo| {
-                if push.kind == PushKind::Disconnection {
-                    on_push.cancel();
-                }
-                Ok::<(), ()>(())
-            });
-        let opening = self.0.get_multiplexed_async_connection_with_config(&config);
-        // The crate's own timeout does not cover the greeting.
-        let connection = timeout(ATTEMPT, opening).await.map_err(|_| timed_out())??;
-        Ok(Live { connection, broken })
+        Ok(Live {
+            socket: Arc::new(Socket::new(stream, broken.clone())),
+            answer,
+            broken,
+        })
     }
 
     /// A connection for a thread outside of the runtime.
     pub(crate) fn open_for_thread(&self, answer: Duration) -> RedisResult<redis::Connection> {
-        let connection = self.0.get_connection_with_timeout(ATTEMPT.min(answer))?;
+        let connection = self
+            .client
+            .get_connection_with_timeout(ATTEMPT.min(answer))?;
         connection.set_read_timeout(Some(answer))?;
         connection.set_write_timeout(Some(answer))?;
         Ok(connection)
@@ -104,7 +94,9 @@ impl Connector {
 /// A connection that may break.
 #[derive(Clone)]
 pub(crate) struct Live {
-    connection: MultiplexedConnection,
+    socket: Arc<Socket>,
+    /// The most time for an answer.
+    answer: Duration,
     pub(crate) broken: CancellationToken,
 }
 
@@ -112,15 +104,43 @@ impl Live {
     /// Runs commands in one trip, and gives each one's answer, errors of the server among them. Scripts that are missing are
     /// loaded, and run after the rest. A connection on which it fails is given up, and one to a server that takes no
     /// writes for now.
-    pub(crate) async fn execute(&mut self, pipeline: &Pipeline) -> RedisResult<Vec<Value>> {
-        let answers = execute(&mut self.connection, pipeline).await;
+    pub(crate) async fn execute(&self, pipeline: &Pipeline) -> RedisResult<Vec<Value>> {
+        let answers = self.execute_and_load(pipeline).await;
         self.judge(answers)
     }
 
     /// The same, with missing scripts left missing: for commands whose order matters.
-    pub(crate) async fn execute_as_is(&mut self, pipeline: &Pipeline) -> RedisResult<Vec<Value>> {
-        let answers = execute_as_is(&mut self.connection, pipeline).await;
+    pub(crate) async fn execute_as_is(&self, pipeline: &Pipeline) -> RedisResult<Vec<Value>> {
+        let answers = self.trip(pipeline).await;
         self.judge(answers)
+    }
+
+    async fn trip(&self, pipeline: &Pipeline) -> RedisResult<Vec<Value>> {
+        let trip = timeout(self.answer, self.socket.execute(pipeline)).await;
+        Ok(trip.map_err(|_| timed_out())??)
+    }
+
+    async fn execute_and_load(&self, pipeline: &Pipeline) -> RedisResult<Vec<Value>> {
+        let mut answers = self.trip(pipeline).await?;
+        if answers.iter().any(is_missing_script) {
+            // The server was restarted, or its scripts were flushed. A missing script did nothing, so it is called again;
+            // all else in the pipeline was done.
+            scripts::load(self).await?;
+            let mut again = Pipeline::new();
+            for (command, answer) in pipeline.commands().zip(&answers) {
+                if is_missing_script(answer) {
+                    again.add_command(command.clone());
+                }
+            }
+            let mut repeated = self.trip(&again).await?.into_iter();
+            for answer in answers
+                .iter_mut()
+                .filter(|answer| is_missing_script(answer))
+            {
+                *answer = repeated.next().unwrap_or_default();
+            }
+        }
+        Ok(answers)
     }
 
     fn judge(&self, answers: RedisResult<Vec<Value>>) -> RedisResult<Vec<Value>> {
@@ -132,46 +152,6 @@ impl Live {
             self.broken.cancel();
         }
         answers
-    }
-}
-
-async fn execute(
-    connection: &mut MultiplexedConnection,
-    pipeline: &Pipeline,
-) -> RedisResult<Vec<Value>> {
-    let mut answers = execute_as_is(connection, pipeline).await?;
-    if answers.iter().any(is_missing_script) {
-        // The server was restarted, or its scripts were flushed. A missing script did nothing, so it is called again;
-        // all else in the pipeline was done.
-        scripts::load(connection).await?;
-        let mut again = Pipeline::new();
-        for (command, answer) in pipeline.cmd_iter().zip(&answers) {
-            if is_missing_script(answer) {
-                again.add_command(command.clone());
-            }
-        }
-        let mut repeated = execute_as_is(connection, &again).await?.into_iter();
-        for answer in answers
-            .iter_mut()
-            .filter(|answer| is_missing_script(answer))
-        {
-            *answer = repeated.next().unwrap_or_default();
-        }
-    }
-    Ok(answers)
-}
-
-pub(crate) async fn execute_as_is(
-    connection: &mut MultiplexedConnection,
-    pipeline: &Pipeline,
-) -> RedisResult<Vec<Value>> {
-    let answers = connection
-        .send_packed_commands(pipeline, 0, pipeline.len())
-        .await?;
-    if answers.len() == pipeline.len() {
-        Ok(answers)
-    } else {
-        Err(timed_out())
     }
 }
 
@@ -225,8 +205,8 @@ pub(crate) async fn connect(
     let mut backoff = Backoff::default();
     loop {
         let attempt = async {
-            let mut live = connector.open(ANSWER).await?;
-            prepare(&mut live, clock).await?;
+            let live = connector.open(ANSWER).await?;
+            prepare(&live, clock).await?;
             Ok::<_, RedisError>(live)
         };
         match timeout_at(end, attempt).await.map_err(|_| late())? {
@@ -244,8 +224,8 @@ pub(crate) async fn connect(
 }
 
 /// Loads the scripts and reads the clock.
-async fn prepare(live: &mut Live, clock: &Clock) -> RedisResult<()> {
-    scripts::load(&mut live.connection).await?;
+async fn prepare(live: &Live, clock: &Clock) -> RedisResult<()> {
+    scripts::load(live).await?;
     let mut pipeline = Pipeline::new();
     pipeline.cmd("TIME");
     let asked = Instant::now();
@@ -292,10 +272,10 @@ pub(crate) async fn supervise(
             return;
         }
         live = loop {
-            let Some(mut opened) = connector.open_patiently(ANSWER, &ending).await else {
+            let Some(opened) = connector.open_patiently(ANSWER, &ending).await else {
                 return;
             };
-            match prepare(&mut opened, &clock).await {
+            match prepare(&opened, &clock).await {
                 Ok(()) => break opened,
                 Err(error) => tracing::debug!(%error, "Redis is not ready"),
             }

@@ -1,7 +1,9 @@
 //! What Redis said, as errors of ours. No message carries a password: none of the texts used here does.
 
 use antiphon_core::{Error, ErrorKind, Executed};
-use redis::{RedisError, ServerError, ServerErrorKind, Value};
+use redis::{RedisError, ServerError, ServerErrorKind};
+
+use crate::value::Value;
 
 /// Why no connection could be made.
 pub(crate) fn connect(error: &RedisError) -> Error {

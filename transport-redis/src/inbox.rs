@@ -37,13 +37,13 @@ impl RedisInbox {
         let audiences = Audiences::default();
         let mut reader = Reader::new(Arc::clone(shared), keys.clone(), audiences.clone());
         loop {
-            let mut live = shared
+            let live = shared
                 .link
                 .clone()
                 .ready(&shared.ending)
                 .await
                 .ok_or_else(error::closed)?;
-            match reader.begin(&mut live).await {
+            match reader.begin(&live).await {
                 Ok(_) => break,
                 Err(redis) if redis.is_io_error() || live.broken.is_cancelled() => {}
                 Err(redis) => {

@@ -5,9 +5,8 @@ use std::time::Duration;
 
 use antiphon_core::transport::{InboxEvent, Incoming};
 use antiphon_core::{Deadline, Error, ErrorKind, Request};
-use bytes::Bytes;
 use futures_util::{StreamExt, TryStreamExt, stream};
-use redis::{Cmd, Pipeline, RedisResult, Value};
+use redis::RedisResult;
 use tokio::sync::mpsc;
 use tokio::task::yield_now;
 use tokio::time::Instant;
@@ -15,11 +14,13 @@ use tokio_util::sync::CancellationToken;
 
 use crate::audience::Audiences;
 use crate::claim::{FETCH, TRIPS};
+use crate::command::{Cmd, Pipeline};
 use crate::completer::millis;
 use crate::connection::{self, Backoff, Live};
 use crate::frame::{self, Letter, RequestFrame};
 use crate::naming::{self, InboxKeys};
 use crate::transport::Shared;
+use crate::value::Value;
 use crate::{BLOCK, GHOST, QUEUE_TTL, error, scripts};
 
 /// The most replies of one page.
@@ -64,7 +65,7 @@ impl Reader {
     }
 
     /// Becomes the reader. True if there was one before, so that the inbox is as it was left.
-    pub(crate) async fn begin(&mut self, live: &mut Live) -> RedisResult<bool> {
+    pub(crate) async fn begin(&mut self, live: &Live) -> RedisResult<bool> {
         self.epoch = naming::random_id();
         self.read = 0;
         self.bytes = 0;
@@ -88,14 +89,14 @@ impl Reader {
     pub(crate) async fn run(mut self, events: mpsc::Sender<InboxEvent>, ending: CancellationToken) {
         let mut ghost_until = Instant::now();
         let mut backoff = Backoff::default();
-        while let Some(mut live) = self
+        while let Some(live) = self
             .shared
             .connector
             .open_patiently(self.block() + Duration::from_secs(2), &ending)
             .await
         {
             // On the first connection too: the broker may have been restarted since the inbox was opened.
-            match ending.run_until_cancelled(self.begin(&mut live)).await {
+            match ending.run_until_cancelled(self.begin(&live)).await {
                 None => break,
                 Some(Ok(true)) => {}
                 Some(Ok(false)) => {
@@ -138,7 +139,7 @@ impl Reader {
     /// Reads until the inbox is dropped; fails when the connection does.
     async fn read(
         &mut self,
-        mut live: Live,
+        live: Live,
         events: &mpsc::Sender<InboxEvent>,
         ghost_until: Instant,
         backoff: &mut Backoff,
@@ -186,7 +187,7 @@ impl Reader {
             };
             if acknowledged.is_some_and(connection::is_missing_script) {
                 // What was read is read again, from the beginning.
-                if !self.begin(&mut live).await? && events.send(lost()).await.is_err() {
+                if !self.begin(&live).await? && events.send(lost()).await.is_err() {
                     return Ok(());
                 }
                 wait = false;
@@ -194,7 +195,7 @@ impl Reader {
             }
             if acknowledged == Some(&Value::Int(0)) {
                 // The broker lost the inbox: by FLUSHALL, a failover, or while this host was asleep.
-                self.begin(&mut live).await?;
+                self.begin(&live).await?;
                 wait = false;
                 if events.send(lost()).await.is_err() {
                     return Ok(());
@@ -230,7 +231,7 @@ impl Reader {
     fn acknowledgement(&self) -> Cmd {
         let (epoch, ttl) = (self.keys.epoch(), epoch_ttl(&self.shared));
         if self.read == 0 {
-            let mut command = redis::cmd("PEXPIRE");
+            let mut command = Cmd::new("PEXPIRE");
             command.arg(epoch).arg(ttl);
             return command;
         }
@@ -256,7 +257,7 @@ impl Reader {
                 continue;
             };
             self.bytes += bytes.len();
-            let (letter, id) = match frame::decode_letter(Bytes::from(bytes)) {
+            let (letter, id) = match frame::decode_letter(bytes) {
                 Ok(Letter::Reply(frame)) => (Incoming::Reply(frame.reply.into()), frame.apart),
                 Ok(Letter::Request { service, mut frame }) => {
                     let id = frame.apart.take();
@@ -306,7 +307,7 @@ impl Reader {
                 match answer {
                     Value::BulkString(body) => {
                         self.bytes += body.len();
-                        *place = body.into();
+                        *place = body;
                     }
                     // Nothing of this page is acknowledged: it is read again.
                     Value::ServerError(error) if !error::is_lasting(&error) => {
@@ -356,7 +357,7 @@ impl Reader {
 
 /// Gets bodies in one trip.
 fn fetch(
-    mut live: Live,
+    live: Live,
     few: &[(usize, String)],
 ) -> impl Future<Output = RedisResult<Vec<Value>>> + use<> {
     let mut pipeline = Pipeline::new();

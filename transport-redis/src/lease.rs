@@ -8,12 +8,14 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use antiphon_core::{Error, ErrorKind};
-use redis::{Cmd, ConnectionLike, Pipeline, RedisResult, Value};
+use redis::{ConnectionLike, RedisResult};
 
+use crate::command::{Cmd, Pipeline};
 use crate::completer::millis;
 use crate::connection::{self, Connector};
 use crate::session::Session;
 use crate::settle_batch::leave;
+use crate::value::Value;
 use crate::{QUEUE_TTL, error, scripts};
 
 /// What a renewal writes into the sign of life. If the next one finds anything else, the sign was gone, was made by another
@@ -208,7 +210,7 @@ impl Leases {
                 let mut open = connector.open_for_thread(answer)?;
                 if load {
                     let loading = scripts::loading();
-                    open.req_packed_commands(&loading.get_packed_pipeline(), 0, loading.len())?;
+                    open.req_packed_commands(&loading.packed(), 0, loading.len())?;
                 }
                 connection.insert(open)
             }
@@ -223,8 +225,8 @@ impl Leases {
         for session in &round.ended {
             pipeline.add_command(leave(session));
         }
-        let answers =
-            open.req_packed_commands(&pipeline.get_packed_pipeline(), 0, pipeline.len())?;
+        let answers = open.req_packed_commands(&pipeline.packed(), 0, pipeline.len())?;
+        let answers: Vec<_> = answers.into_iter().map(Value::from).collect();
         // What is refused for a while is refused for all; if scripts are gone, they are loaded again with a new connection. What
         // is refused for good, but for the sign of life, concerns one session: it must not cost the others their leases.
         for (index, answer) in answers.iter().enumerate() {

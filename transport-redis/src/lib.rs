@@ -4,9 +4,11 @@
 mod audience;
 mod claim;
 mod clock;
+mod command;
 mod completer;
 mod config;
 mod connection;
+mod dial;
 mod error;
 mod frame;
 #[cfg(feature = "conformance")]
@@ -20,6 +22,7 @@ mod lobby;
 mod monitor;
 mod naming;
 mod opening;
+mod outgoing;
 mod pace;
 mod registration;
 mod scan;
@@ -30,11 +33,14 @@ mod server_check;
 mod session;
 mod settle_batch;
 mod settlement;
+mod socket;
 mod subscription;
 mod taker;
 #[cfg(feature = "rustls")]
 mod tls;
 mod transport;
+mod value;
+mod wire;
 mod withdrawal;
 
 use std::time::Duration;

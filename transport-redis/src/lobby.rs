@@ -8,14 +8,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures_util::FutureExt;
-use redis::{Cmd, Pipeline, RedisResult, Value};
+use redis::RedisResult;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep};
 
+use crate::command::{Cmd, Pipeline};
 use crate::completer::millis;
 use crate::connection::{Backoff, Live};
 use crate::naming::ServiceKeys;
 use crate::transport::Shared;
+use crate::value::Value;
 use crate::{GHOST, QUEUE_TTL, error, scripts};
 
 /// How long one wait is. Shorter than on a connection of its own, since it is for many: so long a lost connection may go on to
@@ -171,9 +173,9 @@ pub(crate) async fn run(shared: Arc<Shared>) {
 async fn look_meanwhile(shared: &Shared) {
     loop {
         sleep(WAIT).await;
-        if let Some(mut live) = shared.link.now() {
+        if let Some(live) = shared.link.now() {
             let services = shared.lobby.waiting();
-            if let Err(error) = wake_who_has_work(&shared.lobby, &mut live, &services).await {
+            if let Err(error) = wake_who_has_work(&shared.lobby, &live, &services).await {
                 tracing::debug!(%error, "work is looked for again");
             }
         }
@@ -181,7 +183,7 @@ async fn look_meanwhile(shared: &Shared) {
 }
 
 /// Waits on this connection; fails when it does.
-async fn wait(shared: &Shared, mut live: Live, ghost_until: Instant) -> RedisResult<()> {
+async fn wait(shared: &Shared, live: Live, ghost_until: Instant) -> RedisResult<()> {
     let lobby = &shared.lobby;
     // An answer may have been lost with the connection before.
     let mut look_at = Instant::now();
@@ -200,9 +202,9 @@ async fn wait(shared: &Shared, mut live: Live, ghost_until: Instant) -> RedisRes
         let look = now >= look_at;
         let waited = async {
             if look {
-                wake_who_has_work(lobby, &mut live, &bells).await?;
+                wake_who_has_work(lobby, &live, &bells).await?;
             }
-            wait_once(shared, &mut live, &bells, &for_others, &mut left_out, block).await
+            wait_once(shared, &live, &bells, &for_others, &mut left_out, block).await
         };
         let waited = waited.await;
         match waited {
@@ -223,7 +225,7 @@ async fn wait(shared: &Shared, mut live: Live, ghost_until: Instant) -> RedisRes
 /// Rings for others, and waits once. True if there was a ring.
 async fn wait_once(
     shared: &Shared,
-    live: &mut Live,
+    live: &Live,
     bells: &[Arc<ServiceKeys>],
     for_others: &[String],
     left_out: &mut LeftOut,
@@ -283,7 +285,7 @@ impl LeftOut {
     }
 
     /// Asks for each one by itself. True if there are some that were waited for.
-    async fn find(&mut self, live: &mut Live, bells: &[Arc<ServiceKeys>]) -> RedisResult<bool> {
+    async fn find(&mut self, live: &Live, bells: &[Arc<ServiceKeys>]) -> RedisResult<bool> {
         let before = self.bells.len();
         let mut pipeline = Pipeline::new();
         for keys in bells {
@@ -305,7 +307,7 @@ impl LeftOut {
 /// Runs a blocking pipeline, and interrupts it when there is somebody who waits for a bell that it does not wait for.
 async fn answers(
     shared: &Shared,
-    live: &mut Live,
+    live: &Live,
     pipeline: &Pipeline,
     bells: &[Arc<ServiceKeys>],
 ) -> RedisResult<Vec<Value>> {
@@ -336,13 +338,13 @@ fn ring(bell: &str, ttl: Duration) -> Cmd {
 /// Wakes those whose service has work, whether anybody rang or not: a plain peer need not, and a ring may be lost.
 async fn wake_who_has_work(
     lobby: &Lobby,
-    live: &mut Live,
+    live: &Live,
     services: &[Arc<ServiceKeys>],
 ) -> RedisResult<()> {
     if services.is_empty() {
         return Ok(());
     }
-    let mut all = redis::cmd("EXISTS");
+    let mut all = Cmd::new("EXISTS");
     let mut each = Pipeline::new();
     for keys in services {
         all.arg(&keys.queue).arg(&keys.returned);

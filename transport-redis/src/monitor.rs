@@ -5,16 +5,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use redis::{Pipeline, Value};
 use tokio::sync::Notify;
 use tokio::time::sleep;
 
 use crate::QUEUE_TTL;
+use crate::command::Pipeline;
 use crate::completer::millis;
 use crate::connection::{Live, random_part};
 use crate::naming::{self, ServiceKeys};
 use crate::settle_batch::{Reclaim, reclaim};
 use crate::transport::Shared;
+use crate::value::Value;
 
 /// How many sessions of a service are looked at, at random: those that live all look, so that each one is looked at by about
 /// so many.
@@ -105,7 +106,7 @@ pub(crate) async fn run(shared: Arc<Shared>) {
 /// Looks where there is something, and at one service in turn: a session that held nothing may be left there. Gives when to
 /// look again, if that is known; fails if Redis cannot be asked.
 async fn look(shared: &Shared, services: &[Arc<Watched>], turn: usize) -> Option<Duration> {
-    let mut live = shared.link.clone().ready(&shared.ending).await?;
+    let live = shared.link.clone().ready(&shared.ending).await?;
     let in_turn = services.get(turn)?;
     let is_warm = |watched: &&Arc<Watched>| watched.warm.load(Ordering::Relaxed);
     let (warm, cold): (Vec<_>, Vec<_>) = services.iter().partition(is_warm);
@@ -143,7 +144,7 @@ async fn look(shared: &Shared, services: &[Arc<Watched>], turn: usize) -> Option
             watched.warm.store(sessions > 0, Ordering::Relaxed);
         }
     }
-    clear(&mut live, found).await
+    clear(&live, found).await
 }
 
 /// Adds the sessions of an answer, by their process; those of our own end by themselves. Gives how many there are of both.
@@ -153,13 +154,13 @@ fn add(
     keys: &Arc<ServiceKeys>,
     sessions: Value,
 ) -> usize {
-    let (Value::Array(sessions) | Value::Set(sessions)) = sessions else {
+    let Value::Array(sessions) = sessions else {
         return 0;
     };
     let count = sessions.len();
     for session in sessions {
         if let Value::BulkString(session) = session
-            && let Ok(session) = String::from_utf8(session)
+            && let Ok(session) = String::from_utf8(session.into())
             && !shared.process.is_mine(&session)
         {
             let process = naming::process_of(&session).to_owned();
@@ -174,7 +175,7 @@ fn add(
 }
 
 /// Ends the sessions of those processes that are gone. Gives when the next one may be.
-async fn clear(live: &mut Live, found: HashMap<String, Vec<Found>>) -> Option<Duration> {
+async fn clear(live: &Live, found: HashMap<String, Vec<Found>>) -> Option<Duration> {
     if found.is_empty() {
         return Some(Duration::MAX);
     }

@@ -5,15 +5,16 @@ use std::time::{Duration, Instant};
 
 use antiphon_core::transport::SubscribeMode;
 use antiphon_core::{Error, ErrorKind};
-use redis::{Pipeline, Value};
 use tokio::time::sleep_until;
 
+use crate::command::Pipeline;
 use crate::completer::{End, Item, millis};
 use crate::connection::{self, Backoff};
 use crate::session::{Session, Token};
 use crate::settle_batch::{Reclaim, leave, reclaim};
 use crate::taker::Taker;
 use crate::transport::Shared;
+use crate::value::Value;
 use crate::{QUEUE_TTL, error, scripts};
 
 /// The most rounds of returning dead servers' work before an owner can be registered.
@@ -76,7 +77,7 @@ impl Taker {
         // The owner that is there at first: nobody who comes in between is fenced off.
         let mut fenced_off: Option<String> = None;
         for _ in 0..JOIN_ROUNDS {
-            let mut live = self
+            let live = self
                 .shared
                 .link
                 .clone()
@@ -211,7 +212,7 @@ impl Taker {
             let Some(ready) = session.lease.run_until_cancelled(ready).await else {
                 continue;
             };
-            let Some(mut live) = ready else {
+            let Some(live) = ready else {
                 return;
             };
             match live

@@ -19,10 +19,11 @@ pub(crate) struct Flat<'a> {
 /// read it by all the rules.
 pub(crate) fn scan(line: &[u8]) -> Option<Flat<'_>> {
     let mut flat = Flat::default();
-    let mut rest = line.strip_prefix(b"{")?;
+    // At once: each piece by itself would cost more.
+    let mut rest = str::from_utf8(line).ok()?.strip_prefix('{')?;
     loop {
         let (name, after) = text(rest)?;
-        let after = after.strip_prefix(b":")?;
+        let after = after.strip_prefix(':')?;
         rest = match name {
             "v" => number_into(&mut flat.version, after)?,
             "id" => text_into(&mut flat.id, after)?,
@@ -34,10 +35,9 @@ pub(crate) fn scan(line: &[u8]) -> Option<Flat<'_>> {
             "at" => text_into(&mut flat.apart, after)?,
             _ => return None,
         };
-        match rest.split_first()? {
-            (b',', after) => rest = after,
-            (b'}', []) => return Some(flat),
-            _ => return None,
+        match rest.strip_prefix(',') {
+            Some(after) => rest = after,
+            None => return (rest == "}").then_some(flat),
         }
     }
 }
@@ -47,32 +47,29 @@ fn set<T>(slot: &mut Option<T>, value: T) -> Option<()> {
     slot.replace(value).is_none().then_some(())
 }
 
-fn text_into<'a>(slot: &mut Option<&'a str>, bytes: &'a [u8]) -> Option<&'a [u8]> {
-    let (value, rest) = text(bytes)?;
+fn text_into<'a>(slot: &mut Option<&'a str>, rest: &'a str) -> Option<&'a str> {
+    let (value, rest) = text(rest)?;
     set(slot, value)?;
     Some(rest)
 }
 
-fn number_into<'a>(slot: &mut Option<u64>, bytes: &'a [u8]) -> Option<&'a [u8]> {
-    let digits = bytes
-        .iter()
-        .take_while(|byte| byte.is_ascii_digit())
-        .count();
-    let (number, rest) = bytes.split_at_checked(digits)?;
+fn number_into<'a>(slot: &mut Option<u64>, rest: &'a str) -> Option<&'a str> {
+    let digits = rest.bytes().take_while(u8::is_ascii_digit).count();
+    let (number, rest) = rest.split_at_checked(digits)?;
     // JSON has no leading zeros.
-    if number.len() > 1 && number.starts_with(b"0") {
+    if number.len() > 1 && number.starts_with('0') {
         return None;
     }
-    set(slot, str::from_utf8(number).ok()?.parse().ok()?)?;
+    set(slot, number.parse().ok()?)?;
     Some(rest)
 }
 
-fn text(bytes: &[u8]) -> Option<(&str, &[u8])> {
-    let bytes = bytes.strip_prefix(b"\"")?;
+fn text(rest: &str) -> Option<(&str, &str)> {
+    let rest = rest.strip_prefix('"')?;
     let plain = |byte: &u8| (b' '..0x7f).contains(byte) && !matches!(byte, b'"' | b'\\');
-    let end = bytes.iter().take_while(|byte| plain(byte)).count();
-    let (value, rest) = bytes.split_at_checked(end)?;
-    Some((str::from_utf8(value).ok()?, rest.strip_prefix(b"\"")?))
+    let end = rest.bytes().take_while(plain).count();
+    let (value, rest) = rest.split_at_checked(end)?;
+    Some((value, rest.strip_prefix('"')?))
 }
 
 #[cfg(test)]

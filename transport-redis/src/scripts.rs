@@ -2,10 +2,11 @@
 
 use std::sync::LazyLock;
 
-use redis::aio::MultiplexedConnection;
-use redis::{Cmd, RedisResult, Script, Value};
+use redis::{RedisResult, Script};
 
-use crate::connection;
+use crate::command::{Cmd, Pipeline};
+use crate::connection::Live;
+use crate::value::Value;
 
 /// One step: a script and the digest by which it is called.
 pub(crate) struct Step(LazyLock<Script>, &'static str);
@@ -42,15 +43,15 @@ steps! {
 impl Step {
     /// The command that runs it on these keys; arguments are appended to it.
     pub(crate) fn on(&self, keys: &[&str]) -> Cmd {
-        let mut command = redis::cmd("EVALSHA");
+        let mut command = Cmd::new("EVALSHA");
         command.arg(self.0.get_hash()).arg(keys.len()).arg(keys);
         command
     }
 }
 
 /// Loads every script into the server.
-pub(crate) async fn load(connection: &mut MultiplexedConnection) -> RedisResult<()> {
-    for value in connection::execute_as_is(connection, &loading()).await? {
+pub(crate) async fn load(live: &Live) -> RedisResult<()> {
+    for value in live.execute_as_is(&loading()).await? {
         if let Value::ServerError(error) = value {
             return Err(error.into());
         }
@@ -59,8 +60,8 @@ pub(crate) async fn load(connection: &mut MultiplexedConnection) -> RedisResult<
 }
 
 /// The commands that load every script.
-pub(crate) fn loading() -> redis::Pipeline {
-    let mut pipeline = redis::Pipeline::with_capacity(ALL.len());
+pub(crate) fn loading() -> Pipeline {
+    let mut pipeline = Pipeline::new();
     for step in ALL {
         pipeline.cmd("SCRIPT").arg("LOAD").arg(step.1);
     }

@@ -5,10 +5,10 @@ use std::mem;
 use std::sync::Arc;
 
 use antiphon_core::{Error, ErrorKind, Executed, Request, ServiceName};
-use redis::{Cmd, Pipeline, Value};
 use tokio::time::Instant;
 
 use crate::clock::Clock;
+use crate::command::{Cmd, Pipeline};
 use crate::completer::millis;
 use crate::config::RedisConfig;
 use crate::connection::{self, Live};
@@ -16,6 +16,7 @@ use crate::frame::{self, Expiry};
 use crate::naming::{self, InboxKeys, ServiceKeys};
 use crate::pace::Pace;
 use crate::sender::{Done, Job, TICK, withdrawn_error};
+use crate::value::Value;
 use crate::{QUEUE_TTL, audience, error, scripts};
 
 /// How often an idle connection is tried, in ticks.
@@ -85,11 +86,7 @@ impl Writer {
     }
 
     /// Commits the requests, and writes what may be sent.
-    pub(crate) fn batch(
-        &mut self,
-        jobs: Vec<Job>,
-        mut live: Live,
-    ) -> impl Future<Output = ()> + use<> {
+    pub(crate) fn batch(&mut self, jobs: Vec<Job>, live: Live) -> impl Future<Output = ()> + use<> {
         let mut pipeline = Pipeline::new();
         let mut sent = Vec::new();
         let mut requests: Vec<Requests> = Vec::new();
@@ -149,8 +146,8 @@ impl Writer {
                     if let Some(body) = &body {
                         let budget = expiry.budget.unwrap_or_else(|| millis(QUEUE_TTL));
                         let life = budget.saturating_add(millis(self.config.inbox_ttl));
-                        let mut command = redis::cmd("SET");
-                        command.arg(body).arg(&request.body[..]).arg("PX").arg(life);
+                        let mut command = Cmd::new("SET");
+                        command.arg(body).body(&request.body).arg("PX").arg(life);
                         pipeline.add_command(command);
                         sent.push(Sent::Aside);
                     }
@@ -166,9 +163,7 @@ impl Writer {
                         (reply.body.len() > self.config.inline_body).then(naming::random_id);
                     if let Some(id) = &apart {
                         let mut command = scripts::PUT.on(&[&to.body(id)]);
-                        command
-                            .arg(&reply.body[..])
-                            .arg(millis(self.config.inbox_ttl));
+                        command.body(&reply.body).arg(millis(self.config.inbox_ttl));
                         pipeline.add_command(command);
                         sent.push(Sent::Aside);
                     }
@@ -237,7 +232,7 @@ impl Writer {
         let keys = self.keys_of(&service);
         // Room for all of it, if there is but one service.
         let count = if next == 0 { count } else { 1 };
-        let mut command = Cmd::with_capacity(count + 2, count * FRAME_BYTES);
+        let mut command = Cmd::with_capacity(count * FRAME_BYTES);
         command.arg("RPUSH").arg(&keys.queue);
         index.insert(service.clone(), next);
         requests.push(Requests {
@@ -294,7 +289,7 @@ impl Writer {
     ///
     /// A queue is emptied by servers, and gone with its time to live as soon as it is empty. Where there are none, it goes
     /// when all in it has expired for long.
-    pub(crate) async fn tick(&mut self, mut live: Live) {
+    pub(crate) async fn tick(&mut self, live: Live) {
         self.idle += 1;
         if self.lives.is_empty() && self.idle < IDLE_TICKS {
             return;

@@ -1,17 +1,18 @@
 //! Is this a server that keeps what it accepts?
 
 use antiphon_core::{Error, ErrorKind};
-use redis::{Pipeline, Value};
 
+use crate::command::Pipeline;
 use crate::config::RedisConfig;
 use crate::connection::Live;
 use crate::error;
+use crate::value::Value;
 
 /// The oldest major version: scripts declare there that they run when memory is full.
 const MAJOR_MIN: u32 = 7;
 
 /// Checks version and eviction policy, as far as this user may read them.
-pub(crate) async fn check(live: &mut Live, config: &RedisConfig) -> Result<(), Error> {
+pub(crate) async fn check(live: &Live, config: &RedisConfig) -> Result<(), Error> {
     let mut pipeline = Pipeline::new();
     pipeline.cmd("INFO").arg("server");
     pipeline.cmd("INFO").arg("memory");
@@ -44,7 +45,7 @@ pub(crate) async fn check(live: &mut Live, config: &RedisConfig) -> Result<(), E
 fn text(value: &Value) -> Option<&str> {
     match value {
         Value::BulkString(bytes) => std::str::from_utf8(bytes).ok(),
-        Value::VerbatimString { text, .. } | Value::SimpleString(text) => Some(text),
+        Value::SimpleString(text) => Some(text),
         _ => None,
     }
 }

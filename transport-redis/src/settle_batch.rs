@@ -5,13 +5,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use antiphon_core::Error;
-use redis::{Cmd, Pipeline, RedisResult, Value};
+use redis::RedisResult;
 
+use crate::command::{Cmd, Pipeline};
 use crate::completer::{ApartBody, Completer, End, FullEnd, Item, millis};
 use crate::config::RedisConfig;
 use crate::connection::Live;
 use crate::naming::{self, InboxKeys, ServiceKeys};
 use crate::session::Session;
+use crate::value::Value;
 use crate::{QUEUE_TTL, error, scripts};
 
 /// For how long the body of a dead letter is kept.
@@ -40,7 +42,7 @@ enum Sent {
 impl Batch {
     pub(crate) async fn settle(
         self,
-        mut live: Live,
+        live: Live,
         completer: Arc<Completer>,
         config: Arc<RedisConfig>,
     ) {
@@ -210,15 +212,11 @@ impl Group {
 fn put(body: &ApartBody, ttl: u64) -> Cmd {
     if body.by_script {
         let mut command = scripts::PUT.on(&[&body.key]);
-        command.arg(&body.bytes[..]).arg(ttl);
+        command.body(&body.bytes).arg(ttl);
         return command;
     }
-    let mut command = redis::cmd("SET");
-    command
-        .arg(&body.key)
-        .arg(&body.bytes[..])
-        .arg("PX")
-        .arg(ttl);
+    let mut command = Cmd::new("SET");
+    command.arg(&body.key).body(&body.bytes).arg("PX").arg(ttl);
     command
 }
 

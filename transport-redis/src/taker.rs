@@ -7,12 +7,13 @@ use std::time::Duration;
 use antiphon_core::transport::{SubscribeMode, SubscribeOptions};
 use antiphon_core::{Error, Executed};
 use futures_util::FutureExt;
-use redis::{Pipeline, RedisResult, Value};
+use redis::RedisResult;
 use tokio::task::yield_now;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::claim::{self, Claimed};
+use crate::command::Pipeline;
 use crate::completer::millis;
 use crate::connection::{Backoff, Live};
 use crate::isolation::{Isolation, Plan};
@@ -24,6 +25,7 @@ use crate::registration::Refusal;
 use crate::session::{Session, Slots, Token};
 use crate::subscription::Buffer;
 use crate::transport::Shared;
+use crate::value::Value;
 use crate::{BLOCK, GHOST, QUEUE_TTL, error, scripts};
 
 /// The most that one claim takes.
@@ -271,12 +273,7 @@ impl Taker {
     }
 
     /// Takes on this connection, until there is little to take.
-    async fn take(
-        &mut self,
-        mut live: Live,
-        isolation: &mut Isolation,
-        ghost_until: Instant,
-    ) -> Exit {
+    async fn take(&mut self, live: Live, isolation: &mut Isolation, ghost_until: Instant) -> Exit {
         let mut wait = false;
         let mut took = Instant::now();
         loop {
@@ -421,7 +418,7 @@ impl Taker {
 /// Runs commands on the shared connection, as soon as there is one.
 async fn on_link(shared: &Shared, pipeline: &Pipeline) -> RedisResult<Vec<Value>> {
     match shared.link.clone().ready(&shared.ending).await {
-        Some(mut live) => live.execute(pipeline).await,
+        Some(live) => live.execute(pipeline).await,
         None => Err(std::io::Error::from(std::io::ErrorKind::NotConnected).into()),
     }
 }

@@ -8,13 +8,13 @@ use antiphon_core::transport::{
 };
 use antiphon_core::{CorrelationId, Error, ErrorKind, Request, ServiceName};
 use async_trait::async_trait;
-use redis::Pipeline;
 use tokio::sync::watch;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::clock::Clock;
+use crate::command::Pipeline;
 use crate::completer::Completer;
 use crate::config::RedisConfig;
 use crate::connection::{self, Connector, Link};
@@ -72,8 +72,8 @@ impl RedisTransport {
         let connector = Arc::new(Connector::new(&config)?);
         let clock = Arc::new(Clock::default());
         let checked = async {
-            let mut live = connection::connect(&connector, &config, &clock).await?;
-            server_check::check(&mut live, &config).await?;
+            let live = connection::connect(&connector, &config, &clock).await?;
+            server_check::check(&live, &config).await?;
             Ok::<_, Error>(live)
         };
         let live = timeout(config.connect_timeout, checked)

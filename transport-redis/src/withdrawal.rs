@@ -1,10 +1,11 @@
 //! Taking requests back that nobody holds.
 
 use antiphon_core::{CorrelationId, Error, Executed, ServiceName};
-use redis::{Pipeline, Value};
 
+use crate::command::Pipeline;
 use crate::naming::{self, ServiceKeys};
 use crate::transport::Shared;
+use crate::value::Value;
 use crate::{error, frame, scripts};
 
 /// The most requests that are looked at for one,
@@ -27,7 +28,7 @@ pub(crate) async fn withdraw(
     }
     let mut pipeline = Pipeline::new();
     pipeline.add_command(command);
-    let mut live = shared
+    let live = shared
         .link
         .clone()
         .ready(&shared.ending)

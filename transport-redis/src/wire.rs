@@ -1,0 +1,468 @@
+//! Reads answers of Redis (RESP3) from a connection: strings arrive in their own place, without a copy if they are large.
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use bytes::{Buf, BufMut, BytesMut};
+use redis::ServerError;
+use tokio::io::AsyncRead;
+use tokio_util::io::poll_read_buf;
+
+use crate::value::Value;
+
+/// How much is read at once,
+const READ: usize = 32 * 1024;
+
+/// and how much behind a string that had its own place: if another one follows, little of it has to be copied.
+const READ_BEHIND: usize = 2 * 1024;
+
+/// The longest line: of an error, a status or a number.
+const LINE_MAX: usize = 64 * 1024;
+
+/// The longest string: Redis stores no longer one.
+const STRING_MAX: usize = 512 << 20;
+
+/// The most items of one array.
+const ITEMS_MAX: usize = 1 << 24;
+
+/// The deepest array in an array. Our scripts answer with arrays in an array.
+const DEPTH_MAX: usize = 16;
+
+/// What is announced gets room for no more than this before it arrives.
+const ROOM_MAX: usize = 1 << 20;
+
+/// Reads answers as they arrive.
+#[derive(Debug, Default)]
+pub(crate) struct Reader {
+    buffer: BytesMut,
+    /// Arrays of which items are still to come, the innermost last.
+    open: Vec<Open>,
+    /// The string that is arriving in its own place.
+    arriving: Option<Arriving>,
+    behind_string: bool,
+}
+
+#[derive(Debug)]
+struct Open {
+    kind: Kind,
+    left: usize,
+    items: Vec<Value>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Kind {
+    Array,
+    /// Pairs, which we never ask for.
+    Map,
+    /// Said without being asked.
+    Push,
+    /// Said about the value that follows.
+    Attribute,
+}
+
+#[derive(Debug)]
+struct Arriving {
+    kind: Text,
+    bytes: BytesMut,
+    left: usize,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Text {
+    Plain,
+    Verbatim,
+    Error,
+}
+
+enum Step {
+    /// There is not enough yet.
+    Wait,
+    /// An array begins.
+    Opened,
+    Value(Value),
+}
+
+impl Reader {
+    /// Reads what is there, once; zero is the end.
+    pub(crate) fn poll_fill<S: AsyncRead + Unpin + ?Sized>(
+        &mut self,
+        mut stream: &mut S,
+        context: &mut Context<'_>,
+    ) -> Poll<io::Result<usize>> {
+        let stream = Pin::new(&mut stream);
+        if let Some(arriving) = &mut self.arriving
+            && arriving.left > 0
+        {
+            // All that was read before is in it already.
+            let bytes = &mut arriving.bytes;
+            if bytes.len() == bytes.capacity() {
+                bytes.reserve(arriving.left.min(bytes.len().max(ROOM_MAX)));
+            }
+            let room = (bytes.capacity() - bytes.len()).min(arriving.left);
+            let read = ready!(poll_read_buf(stream, context, &mut bytes.limit(room)))?;
+            arriving.left -= read;
+            return Poll::Ready(Ok(read));
+        }
+        let room = if self.behind_string {
+            READ_BEHIND
+        } else {
+            READ
+        };
+        self.buffer.reserve(room);
+        let read = ready!(poll_read_buf(
+            stream,
+            context,
+            &mut (&mut self.buffer).limit(room)
+        ))?;
+        Poll::Ready(Ok(read))
+    }
+
+    /// The next whole answer, if it has arrived.
+    ///
+    /// # Errors
+    /// It is none: the connection is of no more use.
+    pub(crate) fn next(&mut self) -> io::Result<Option<Value>> {
+        loop {
+            let step = match self.arriving.take() {
+                Some(arriving) => self.finish_string(arriving)?,
+                None => self.begin_value()?,
+            };
+            let value = match step {
+                Step::Wait => return Ok(None),
+                Step::Opened => self.close(None),
+                Step::Value(value) => self.close(Some(value)),
+            };
+            if value.is_some() {
+                return Ok(value);
+            }
+        }
+    }
+
+    /// Puts a value where it belongs, and closes what is complete by it. Gives the answer, if it is complete.
+    fn close(&mut self, mut value: Option<Value>) -> Option<Value> {
+        loop {
+            let Some(innermost) = self.open.last_mut() else {
+                return value;
+            };
+            if let Some(value) = value.take() {
+                innermost.items.push(value);
+                innermost.left -= 1;
+            }
+            if innermost.left > 0 {
+                return None;
+            }
+            let open = self.open.pop()?;
+            value = match open.kind {
+                Kind::Array => Some(Value::Array(open.items)),
+                Kind::Map => Some(Value::Other),
+                // The value that it is about follows, and counts in its place.
+                Kind::Push | Kind::Attribute => return None,
+            };
+        }
+    }
+
+    fn begin_value(&mut self) -> io::Result<Step> {
+        let Some(end) = self.line_end()? else {
+            return Ok(Step::Wait);
+        };
+        let line = self.buffer.split_to(end);
+        self.buffer.advance(2);
+        let Some((&sign, rest)) = line.split_first() else {
+            return Err(malformed("an empty line"));
+        };
+        let value = match sign {
+            b':' => Value::Int(number(rest)?),
+            b'$' => return self.begin_string(Text::Plain, rest),
+            b'*' | b'~' => return self.open(Kind::Array, rest),
+            b'+' if rest == b"OK" => Value::Okay,
+            b'+' => Value::SimpleString(String::from_utf8_lossy(rest).into_owned()),
+            b'-' => Value::ServerError(server_error(rest)?),
+            b'_' => Value::Nil,
+            b',' | b'#' | b'(' => Value::Other,
+            b'=' => return self.begin_string(Text::Verbatim, rest),
+            b'!' => return self.begin_string(Text::Error, rest),
+            b'%' => return self.open(Kind::Map, rest),
+            b'|' => return self.open(Kind::Attribute, rest),
+            b'>' if self.open.is_empty() => return self.open(Kind::Push, rest),
+            _ => return Err(malformed("an answer of no known kind")),
+        };
+        Ok(Step::Value(value))
+    }
+
+    /// Where the first line ends, if it is whole.
+    fn line_end(&self) -> io::Result<Option<usize>> {
+        match self.buffer.iter().position(|&byte| byte == b'\r') {
+            Some(end) if end > LINE_MAX => Err(malformed("a line that is too long")),
+            Some(end) => match self.buffer.get(end + 1) {
+                Some(b'\n') => Ok(Some(end)),
+                Some(_) => Err(malformed("a line that does not end as one")),
+                None => Ok(None),
+            },
+            None if self.buffer.len() > LINE_MAX => Err(malformed("a line that is too long")),
+            None => Ok(None),
+        }
+    }
+
+    fn open(&mut self, kind: Kind, count: &[u8]) -> io::Result<Step> {
+        let count = number(count)?;
+        if count == -1 && kind == Kind::Array {
+            return Ok(Step::Value(Value::Nil));
+        }
+        let values = match kind {
+            Kind::Map | Kind::Attribute => 2,
+            Kind::Array | Kind::Push => 1,
+        };
+        let left = usize::try_from(count)
+            .ok()
+            .and_then(|count| count.checked_mul(values))
+            .filter(|count| *count <= ITEMS_MAX)
+            .ok_or_else(|| malformed("an array of an impossible size"))?;
+        if self.open.len() >= DEPTH_MAX {
+            return Err(malformed("arrays that are too deep"));
+        }
+        self.open.push(Open {
+            kind,
+            left,
+            items: Vec::with_capacity(left.min(ROOM_MAX / 1024)),
+        });
+        Ok(Step::Opened)
+    }
+
+    fn begin_string(&mut self, kind: Text, length: &[u8]) -> io::Result<Step> {
+        let length = number(length)?;
+        if length == -1 && matches!(kind, Text::Plain) {
+            return Ok(Step::Value(Value::Nil));
+        }
+        let length = usize::try_from(length)
+            .ok()
+            .filter(|length| *length <= STRING_MAX)
+            .ok_or_else(|| malformed("a string of an impossible size"))?;
+        let arrived = self.buffer.len().min(length);
+        let mut bytes = BytesMut::with_capacity(length.min(ROOM_MAX.max(arrived)));
+        bytes.extend_from_slice(&self.buffer[..arrived]);
+        self.buffer.advance(arrived);
+        self.behind_string = arrived < length;
+        self.finish_string(Arriving {
+            kind,
+            bytes,
+            left: length - arrived,
+        })
+    }
+
+    fn finish_string(&mut self, arriving: Arriving) -> io::Result<Step> {
+        if arriving.left > 0 || self.buffer.len() < 2 {
+            self.arriving = Some(arriving);
+            return Ok(Step::Wait);
+        }
+        if !self.buffer.starts_with(b"\r\n") {
+            return Err(malformed("a string that does not end as one"));
+        }
+        self.buffer.advance(2);
+        let bytes = arriving.bytes.freeze();
+        Ok(Step::Value(match arriving.kind {
+            Text::Plain => Value::BulkString(bytes),
+            // Behind three letters that say what kind of text it is.
+            Text::Verbatim if bytes.get(3) == Some(&b':') => Value::BulkString(bytes.slice(4..)),
+            Text::Verbatim => return Err(malformed("a text of no kind")),
+            Text::Error => Value::ServerError(server_error(&bytes)?),
+        }))
+    }
+}
+
+fn number(digits: &[u8]) -> io::Result<i64> {
+    std::str::from_utf8(digits)
+        .ok()
+        .and_then(|digits| digits.parse().ok())
+        .ok_or_else(|| malformed("no number where one was due"))
+}
+
+/// Read by the client library, which knows the codes.
+fn server_error(text: &[u8]) -> io::Result<ServerError> {
+    let text = String::from_utf8_lossy(text).replace(['\r', '\n'], " ");
+    match redis::parse_redis_value(format!("-{text}\r\n").as_bytes()) {
+        Ok(redis::Value::ServerError(error)) => Ok(error),
+        _ => Err(malformed("an error that cannot be read")),
+    }
+}
+
+fn malformed(what: &str) -> io::Error {
+    io::Error::new(
+        io::ErrorKind::InvalidData,
+        format!("Redis answered with {what}"),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::task::Waker;
+
+    use super::*;
+
+    /// Reads what comes in such pieces.
+    fn read<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> io::Result<Vec<Value>> {
+        let mut reader = Reader::default();
+        let mut context = Context::from_waker(Waker::noop());
+        let mut answers = Vec::new();
+        for mut piece in pieces {
+            while !piece.is_empty() {
+                let Poll::Ready(read) = reader.poll_fill(&mut piece, &mut context) else {
+                    panic!("a slice is always ready");
+                };
+                assert_ne!(read?, 0);
+                while let Some(answer) = reader.next()? {
+                    answers.push(answer);
+                }
+            }
+        }
+        assert!(reader.open.is_empty() && reader.arriving.is_none() && reader.buffer.is_empty());
+        Ok(answers)
+    }
+
+    fn one(text: &[u8]) -> Value {
+        let mut answers = read([text]).unwrap();
+        assert_eq!(answers.len(), 1, "{answers:?}");
+        answers.remove(0)
+    }
+
+    fn string(text: &str) -> Value {
+        Value::BulkString(text.to_owned().into())
+    }
+
+    fn error(text: &str) -> Value {
+        redis::parse_redis_value(text.as_bytes()).unwrap().into()
+    }
+
+    #[test]
+    fn every_kind() {
+        assert_eq!(one(b":-17\r\n"), Value::Int(-17));
+        assert_eq!(one(b"+OK\r\n"), Value::Okay);
+        assert_eq!(one(b"+zset\r\n"), Value::SimpleString("zset".into()));
+        assert_eq!(one(b"$0\r\n\r\n"), string(""));
+        assert_eq!(one(b"$4\r\na\r\nb\r\n"), string("a\r\nb"));
+        assert_eq!(one(b"=7\r\ntxt:abc\r\n"), string("abc"));
+        for nil in [&b"_\r\n"[..], b"$-1\r\n", b"*-1\r\n"] {
+            assert_eq!(one(nil), Value::Nil);
+        }
+        for other in [
+            &b",1.5\r\n"[..],
+            b"#t\r\n",
+            b"(99\r\n",
+            b"%1\r\n+a\r\n:1\r\n",
+        ] {
+            assert_eq!(one(other), Value::Other);
+        }
+        assert_eq!(one(b"*0\r\n"), Value::Array(Vec::new()));
+        let nested = Value::Array(vec![
+            Value::Array(vec![Value::Int(1), Value::Array(Vec::new())]),
+            string("a"),
+            Value::Nil,
+        ]);
+        assert_eq!(one(b"*3\r\n*2\r\n:1\r\n~0\r\n$1\r\na\r\n_\r\n"), nested);
+        let refused = one(b"-NOSCRIPT No matching script\r\n");
+        assert_eq!(refused, error("-NOSCRIPT No matching script\r\n"));
+        assert_eq!(one(b"!9\r\nERR a\r\nbc\r\n"), error("-ERR a  bc\r\n"));
+        let inside = Value::Array(vec![error("-WRONGTYPE x\r\n"), Value::Int(1)]);
+        assert_eq!(one(b"*2\r\n-WRONGTYPE x\r\n:1\r\n"), inside);
+    }
+
+    #[test]
+    fn what_nobody_asked_for_is_no_answer() {
+        let said = b">2\r\n+invalidate\r\n*1\r\n$1\r\nk\r\n:1\r\n>0\r\n|1\r\n+ttl\r\n:9\r\n*2\r\n|0\r\n:2\r\n:3\r\n";
+        let pair = Value::Array(vec![Value::Int(2), Value::Int(3)]);
+        assert_eq!(read([&said[..]]).unwrap(), [Value::Int(1), pair]);
+    }
+
+    /// Wherever what arrives is cut, and however often.
+    #[test]
+    fn cut_anywhere() {
+        let large = "x".repeat(300);
+        let mut text = b"*4\r\n:1\r\n$-1\r\n-ERR no\r\n$300\r\n".to_vec();
+        text.extend_from_slice(large.as_bytes());
+        text.extend_from_slice(b"\r\n+OK\r\n>1\r\n+x\r\n=5\r\ntxt:a\r\n$2\r\n\r\n\r\n");
+        let expected = [
+            Value::Array(vec![
+                Value::Int(1),
+                Value::Nil,
+                error("-ERR no\r\n"),
+                string(&large),
+            ]),
+            Value::Okay,
+            string("a"),
+            string("\r\n"),
+        ];
+        for cut in 0..text.len() {
+            let (front, back) = text.split_at(cut);
+            assert_eq!(read([front, back]).unwrap(), expected, "{cut}");
+        }
+        for length in 1..text.len() {
+            assert_eq!(read(text.chunks(length)).unwrap(), expected, "{length}");
+        }
+    }
+
+    #[test]
+    fn strings_longer_than_what_is_read_at_once() {
+        for length in [
+            READ - 8,
+            READ,
+            READ + 1,
+            3 * READ,
+            ROOM_MAX,
+            3 * ROOM_MAX + 7,
+        ] {
+            let large: Vec<u8> = (0..length).map(|at| at as u8).collect();
+            let mut text = format!("*3\r\n${length}\r\n").into_bytes();
+            text.extend_from_slice(&large);
+            text.extend_from_slice(format!("\r\n:7\r\n${length}\r\n").as_bytes());
+            text.extend_from_slice(&large);
+            text.extend_from_slice(b"\r\n");
+            let string = Value::BulkString(large.into());
+            let expected = Value::Array(vec![string.clone(), Value::Int(7), string]);
+            assert_eq!(read([&text[..]]).unwrap(), [expected], "{length}");
+        }
+    }
+
+    #[test]
+    fn what_is_announced_gets_no_room_before_it_comes() {
+        let mut reader = Reader::default();
+        let mut context = Context::from_waker(Waker::noop());
+        let mut announced = &b"*16777216\r\n$536870912\r\nabc"[..];
+        assert!(reader.poll_fill(&mut announced, &mut context).is_ready());
+        assert_eq!(reader.next().unwrap(), None);
+        let arriving = reader.arriving.as_ref().unwrap();
+        assert!(arriving.bytes.capacity() <= ROOM_MAX);
+        assert!(reader.open[0].items.capacity() <= 1024);
+    }
+
+    #[test]
+    fn what_is_no_answer_is_refused() {
+        let long = format!("+{}", "x".repeat(LINE_MAX + 1));
+        let long_and_whole = format!("{long}\r\n");
+        let deep = "*1\r\n".repeat(DEPTH_MAX + 1);
+        for text in [
+            "\r\n",
+            "HTTP/1.1 400\r\n",
+            "?1\r\n",
+            ":\r\n",
+            ":x\r\n",
+            ":1\rx",
+            ":99999999999999999999\r\n",
+            "$-2\r\n",
+            "$536870913\r\n",
+            "$x\r\n",
+            "$1\r\nabc",
+            "*-2\r\n",
+            "*16777217\r\n",
+            "%9223372036854775807\r\n",
+            "=-1\r\n",
+            "=3\r\nabc\r\n",
+            "*1\r\n>1\r\n",
+            &long,
+            &long_and_whole,
+            &deep,
+        ] {
+            let refused = read([text.as_bytes()]).unwrap_err();
+            assert_eq!(refused.kind(), io::ErrorKind::InvalidData, "{text:.30}");
+        }
+    }
+}

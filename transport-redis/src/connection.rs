@@ -1,5 +1,6 @@
 //! Connections to Redis, and the shared one that is made again when it breaks.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,12 +17,12 @@ use crate::config::RedisConfig;
 use crate::dial::Dialler;
 use crate::socket::Socket;
 use crate::value::Value;
-use crate::{error, scripts};
+use crate::{dial, error, scripts};
 
-/// The most time for one attempt to connect, after the first.
+/// The most time for one attempt to connect, greeting and all.
 const ATTEMPT: Duration = Duration::from_secs(2);
 
-/// The most time for an answer to anything that does not block; a socket that is slower is given up.
+/// The most time for an answer to anything that does not block, from when a byte was last moved; then the socket is given up.
 pub(crate) const ANSWER: Duration = Duration::from_secs(5);
 
 /// The most time for the first connection, whatever is configured: what is longer than this is for ever.
@@ -67,7 +68,8 @@ impl Connector {
     pub(crate) fn open_for_thread(&self, answer: Duration) -> RedisResult<redis::Connection> {
         let connection = self
             .client
-            .get_connection_with_timeout(ATTEMPT.min(answer))?;
+            .get_connection_with_timeout(ATTEMPT.min(answer))
+            .map_err(dial::without_arguments)?;
         connection.set_read_timeout(Some(answer))?;
         connection.set_write_timeout(Some(answer))?;
         Ok(connection)
@@ -95,7 +97,7 @@ impl Connector {
 #[derive(Clone)]
 pub(crate) struct Live {
     socket: Arc<Socket>,
-    /// The most time for an answer.
+    /// The most time for an answer in which no byte moves.
     answer: Duration,
     pub(crate) broken: CancellationToken,
 }
@@ -116,8 +118,18 @@ impl Live {
     }
 
     async fn trip(&self, pipeline: &Pipeline) -> RedisResult<Vec<Value>> {
-        let trip = timeout(self.answer, self.socket.execute(pipeline)).await;
-        Ok(trip.map_err(|_| timed_out())??)
+        let mut trip = pin!(self.socket.execute(pipeline));
+        let mut patience = Instant::now() + self.answer;
+        loop {
+            match timeout_at(patience, &mut trip).await {
+                Ok(answers) => return Ok(answers?),
+                // Large bodies on a slow link: while bytes move, the answer is on its way.
+                Err(_) if self.socket.moved() + self.answer > patience => {
+                    patience = self.socket.moved() + self.answer;
+                }
+                Err(_) => return Err(timed_out()),
+            }
+        }
     }
 
     async fn execute_and_load(&self, pipeline: &Pipeline) -> RedisResult<Vec<Value>> {
@@ -258,6 +270,8 @@ pub(crate) async fn supervise(
             return;
         }
         link.send_replace(None);
+        // Who still waits for an answer on it keeps it; but a server that is full of connections gets this one back.
+        drop(live);
         announce(
             &state,
             ConnectionState::Disconnected {
@@ -350,5 +364,42 @@ impl std::fmt::Debug for Live {
         f.debug_struct("Live")
             .field("broken", &self.broken.is_cancelled())
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+    use tokio::time::sleep;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_may_take_long_while_its_bytes_move() {
+        let (near, mut far) = duplex(1 << 16);
+        let broken = CancellationToken::new();
+        let live = Live {
+            socket: Arc::new(Socket::new(Box::new(near), broken.clone())),
+            answer: Duration::from_secs(1),
+            broken,
+        };
+        let mut pipeline = Pipeline::new();
+        pipeline.cmd("GET").arg("key");
+        let server = async {
+            for byte in b"$12\r\nslow, steady\r\n" {
+                sleep(Duration::from_millis(900)).await;
+                far.write_all(&[*byte]).await.unwrap();
+            }
+        };
+        let (answers, ()) = tokio::join!(live.execute(&pipeline), server);
+        assert_eq!(answers.unwrap(), [Value::BulkString("slow, steady".into())]);
+
+        let begun = Instant::now();
+        let silence = live.execute(&pipeline).await.unwrap_err();
+        assert!(silence.is_timeout(), "{silence:?}");
+        assert_eq!(begun.elapsed().as_secs(), 1);
+        assert!(live.broken.is_cancelled());
+        drop(live);
+        far.read_to_end(&mut Vec::new()).await.unwrap();
     }
 }

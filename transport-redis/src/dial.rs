@@ -11,7 +11,7 @@ use redis::aio::MultiplexedConnection;
 use redis::io::tcp::TcpSettings;
 use redis::{
     AsyncConnectionConfig, ConnectionAddr, ConnectionInfo, ProtocolVersion, RedisConnectionInfo,
-    RedisResult,
+    RedisError, RedisResult,
 };
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, lookup_host};
@@ -102,12 +102,24 @@ async fn greet(
 ) -> RedisResult<Box<dyn Duplex>> {
     let lent = Lent(Arc::new(Mutex::new(Some(stream))));
     let config = AsyncConnectionConfig::new();
-    let greeted = MultiplexedConnection::new_with_config(settings, lent.clone(), config).await?;
+    let greeted = MultiplexedConnection::new_with_config(settings, lent.clone(), config);
+    let greeted = greeted.await.map_err(without_arguments)?;
     // It has read the answers to what it asked, and the server says no more than that.
     drop(greeted);
     let stream = lent.lock().take();
     let lost = || io::Error::from(io::ErrorKind::NotConnected);
     Ok(stream.ok_or_else(lost)?)
+}
+
+/// A server that does not know the first command, or has it renamed, repeats what it was sent: the password too.
+pub(crate) fn without_arguments(error: RedisError) -> RedisError {
+    match error.detail() {
+        Some(detail) if detail.contains("unknown command") => {
+            let message = "the server does not know HELLO, of Redis 6 and newer";
+            io::Error::new(io::ErrorKind::Unsupported, message).into()
+        }
+        _ => error,
+    }
 }
 
 /// A stream that can be taken back.
@@ -155,5 +167,36 @@ impl AsyncWrite for Lent {
 
     fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.poll(|stream| stream.poll_shutdown(context))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use redis::RedisConnectionInfo;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+
+    use super::*;
+
+    /// As Redis 7 does to a command that it does not know, or knows by another name.
+    #[tokio::test]
+    async fn a_server_that_repeats_what_it_is_sent_is_not_quoted() {
+        let (near, mut far) = duplex(1 << 16);
+        let server = async move {
+            let answer = b"-ERR unknown command 'HELLO', with args beginning with: '3' 'AUTH' 'default' 's3cret' \r\n";
+            let _ = far.read_u8().await;
+            let _ = far.write_all(&answer.repeat(8)).await;
+            let mut rest = Vec::new();
+            let _ = far.read_to_end(&mut rest).await;
+        };
+        let settings = RedisConnectionInfo::default()
+            .set_protocol(ProtocolVersion::RESP3)
+            .set_password("s3cret");
+        let greeting = async { greet(&settings, Box::new(near)).await.err() };
+        let (error, ()) = tokio::join!(greeting, server);
+        let error = error.unwrap().to_string();
+        assert!(
+            error.contains("HELLO") && !error.contains("s3cret"),
+            "{error}"
+        );
     }
 }

@@ -12,6 +12,7 @@ use std::task::{Context, Poll, Waker, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -22,6 +23,9 @@ use crate::wire::Reader;
 
 /// The most pipelines that wait for their answers; more wait to be written. It bounds what is kept for a server that is slow.
 const WAITING_MAX: usize = 128;
+
+/// The most bytes that are read before others have a turn: those who wait for the lock to write, and other tasks.
+const TURN: usize = 256 * 1024;
 
 /// What a connection is made of: a socket, or TLS over one.
 pub(crate) trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -38,8 +42,12 @@ pub(crate) struct Socket {
 struct Shared(Mutex<State>);
 
 struct State {
-    /// `None` once it failed.
+    /// `None` once it failed,
     stream: Option<Box<dyn Duplex>>,
+    /// and why it did, if that is known.
+    failure: Option<io::Error>,
+    /// When bytes were last written or read.
+    moved: Instant,
     outgoing: Outgoing,
     /// Something was written that the stream may still keep for itself.
     unflushed: bool,
@@ -75,6 +83,8 @@ impl Socket {
     pub(crate) fn new(stream: Box<dyn Duplex>, broken: CancellationToken) -> Self {
         let shared = Arc::new(Shared(Mutex::new(State {
             stream: Some(stream),
+            failure: None,
+            moved: Instant::now(),
             outgoing: Outgoing::default(),
             unflushed: false,
             reader: Reader::default(),
@@ -88,6 +98,7 @@ impl Socket {
         let task = tokio::spawn(async move {
             let error = poll_fn(|context| ending.shared.lock().poll(context)).await;
             tracing::debug!(%error, "a connection to Redis ended");
+            ending.shared.lock().failure = Some(error);
         });
         Self {
             shared,
@@ -98,19 +109,25 @@ impl Socket {
 
     /// Runs commands in one trip.
     ///
-    /// **Cancel safety**: dropped before it is written, nothing is; after that, all of it is, and its answers are ignored.
+    /// **Cancel safety**: dropped before it is written, nothing is; after that, all of it is, if the connection stays, and its answers
+    /// are ignored.
     ///
     /// # Errors
-    /// The connection failed.
+    /// Why the connection failed.
     pub(crate) async fn execute(&self, pipeline: &Pipeline) -> io::Result<Vec<Value>> {
         if pipeline.is_empty() {
             return Ok(Vec::new());
         }
         let room = Arc::clone(&self.room).acquire_owned().await;
-        let room = room.map_err(|_| closed())?;
+        let room = room.map_err(|_| self.shared.lock().closed())?;
         let (done, answers) = oneshot::channel();
         self.shared.lock().begin(pipeline, done, room)?;
-        answers.await.map_err(|_| closed())
+        answers.await.map_err(|_| self.shared.lock().closed())
+    }
+
+    /// When bytes were last written or read.
+    pub(crate) fn moved(&self) -> Instant {
+        self.shared.lock().moved
     }
 }
 
@@ -129,7 +146,7 @@ impl State {
         room: OwnedSemaphorePermit,
     ) -> io::Result<()> {
         if self.stream.is_none() {
-            return Err(closed());
+            return Err(self.closed());
         }
         // Together, so that answers find who waits for them, whoever is dropped in between.
         self.outgoing.push(pipeline);
@@ -143,14 +160,11 @@ impl State {
         let Some(waker) = self.waker.clone() else {
             return Ok(());
         };
-        // On behalf of the task, which goes on where this stops.
-        match self.poll_write(&mut Context::from_waker(&waker)) {
-            Poll::Ready(Err(error)) => {
-                self.end();
-                Err(error)
-            }
-            Poll::Ready(Ok(())) | Poll::Pending => Ok(()),
+        // On behalf of the task, which goes on where this stops. What fails here fails there again, once it has read what had come.
+        if let Poll::Ready(Err(_)) = self.poll_write(&mut Context::from_waker(&waker)) {
+            waker.wake();
         }
+        Ok(())
     }
 
     /// Reads and writes; ready when the connection is over.
@@ -160,23 +174,30 @@ impl State {
             None => self.waker = Some(context.waker().clone()),
         }
         // Both, always: a server that nobody reads from does not read either.
-        match (self.poll_read(context), self.poll_write(context)) {
+        let written = self.poll_write(context);
+        match (self.poll_read(context), written) {
             (Poll::Ready(error), _) | (_, Poll::Ready(Err(error))) => Poll::Ready(error),
             (Poll::Pending, _) => Poll::Pending,
         }
     }
 
-    /// Reads all that is there.
+    /// Reads what is there, for a turn.
     fn poll_read(&mut self, context: &mut Context<'_>) -> Poll<io::Error> {
+        let mut taken = 0;
         loop {
+            if taken >= TURN {
+                context.waker().wake_by_ref();
+                return Poll::Pending;
+            }
             let Some(stream) = &mut self.stream else {
-                return Poll::Ready(closed());
+                return Poll::Ready(self.closed());
             };
             match ready!(self.reader.poll_fill(stream, context)) {
                 Ok(0) => return Poll::Ready(io::ErrorKind::UnexpectedEof.into()),
-                Ok(_) => {}
+                Ok(bytes) => taken += bytes,
                 Err(error) => return Poll::Ready(error),
             }
+            self.moved = Instant::now();
             loop {
                 match self.reader.next() {
                     Ok(Some(answer)) => self.answered(answer),
@@ -189,7 +210,8 @@ impl State {
 
     fn answered(&mut self, answer: Value) {
         let Some(first) = self.waiting.front_mut() else {
-            // Nobody asked: such as an error before the server hangs up.
+            // Such as an error before the server hangs up.
+            tracing::debug!(?answer, "Redis said what nobody had asked");
             return;
         };
         first.answers.push(answer);
@@ -204,7 +226,7 @@ impl State {
     /// Writes all that there is; ready when nothing is left.
     fn poll_write(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let Some(stream) = &mut self.stream else {
-            return Poll::Ready(Err(closed()));
+            return Poll::Ready(Err(self.closed()));
         };
         let mut stream = Pin::new(stream);
         while !self.outgoing.is_empty() {
@@ -218,6 +240,7 @@ impl State {
             if written == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
+            self.moved = Instant::now();
             self.outgoing.written(written);
             self.unflushed = true;
         }
@@ -237,10 +260,14 @@ impl State {
             waker.wake();
         }
     }
-}
 
-fn closed() -> io::Error {
-    io::ErrorKind::BrokenPipe.into()
+    /// Why it failed, for each who asks.
+    fn closed(&self) -> io::Error {
+        match &self.failure {
+            Some(failure) => io::Error::new(failure.kind(), failure.to_string()),
+            None => io::ErrorKind::BrokenPipe.into(),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -363,7 +390,9 @@ mod tests {
             let (first, second, ()) =
                 tokio::join!(socket.execute(&one), socket.execute(&other), server);
             assert_eq!(first.is_ok(), goodbye.starts_with(b":"));
-            second.unwrap_err();
+            let malformed = goodbye.starts_with(b"HTTP");
+            let reason = second.unwrap_err().to_string();
+            assert_eq!(reason.contains("no known kind"), malformed, "{reason}");
             let told = timeout(Duration::from_secs(10), broken.cancelled()).await;
             told.unwrap();
             socket.execute(&one).await.unwrap_err();

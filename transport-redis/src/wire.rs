@@ -1,4 +1,4 @@
-//! Reads answers of Redis (RESP3) from a connection: strings arrive in their own place, without a copy if they are large.
+//! Reads answers of Redis (RESP3) from a connection: large strings arrive in their own place.
 
 use std::io;
 use std::pin::Pin;
@@ -14,7 +14,10 @@ use crate::value::Value;
 /// How much is read at once,
 const READ: usize = 32 * 1024;
 
-/// and how much behind a string that had its own place: if another one follows, little of it has to be copied.
+/// of how much at the least is read into a string's own place: shorter rests are copied there,
+const OWN_PLACE: usize = 8 * 1024;
+
+/// and how much is read behind a string that had its own place: if another one follows, little of it has to be copied.
 const READ_BEHIND: usize = 2 * 1024;
 
 /// The longest line: of an error, a status or a number.
@@ -38,8 +41,9 @@ pub(crate) struct Reader {
     buffer: BytesMut,
     /// Arrays of which items are still to come, the innermost last.
     open: Vec<Open>,
-    /// The string that is arriving in its own place.
+    /// The string that is arriving.
     arriving: Option<Arriving>,
+    /// A string had its own place right before what is read now.
     behind_string: bool,
 }
 
@@ -66,6 +70,8 @@ struct Arriving {
     kind: Text,
     bytes: BytesMut,
     left: usize,
+    /// The rest is read into it, not into the buffer.
+    in_place: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -92,6 +98,7 @@ impl Reader {
     ) -> Poll<io::Result<usize>> {
         let stream = Pin::new(&mut stream);
         if let Some(arriving) = &mut self.arriving
+            && arriving.in_place
             && arriving.left > 0
         {
             // All that was read before is in it already.
@@ -115,6 +122,7 @@ impl Reader {
             context,
             &mut (&mut self.buffer).limit(room)
         ))?;
+        self.behind_string = false;
         Poll::Ready(Ok(read))
     }
 
@@ -239,18 +247,21 @@ impl Reader {
             .filter(|length| *length <= STRING_MAX)
             .ok_or_else(|| malformed("a string of an impossible size"))?;
         let arrived = self.buffer.len().min(length);
-        let mut bytes = BytesMut::with_capacity(length.min(ROOM_MAX.max(arrived)));
-        bytes.extend_from_slice(&self.buffer[..arrived]);
-        self.buffer.advance(arrived);
-        self.behind_string = arrived < length;
+        let in_place = length - arrived >= OWN_PLACE;
+        self.behind_string = in_place;
         self.finish_string(Arriving {
             kind,
-            bytes,
-            left: length - arrived,
+            bytes: BytesMut::with_capacity(length.min(ROOM_MAX.max(arrived))),
+            left: length,
+            in_place,
         })
     }
 
-    fn finish_string(&mut self, arriving: Arriving) -> io::Result<Step> {
+    fn finish_string(&mut self, mut arriving: Arriving) -> io::Result<Step> {
+        let arrived = self.buffer.len().min(arriving.left);
+        arriving.bytes.extend_from_slice(&self.buffer[..arrived]);
+        self.buffer.advance(arrived);
+        arriving.left -= arrived;
         if arriving.left > 0 || self.buffer.len() < 2 {
             self.arriving = Some(arriving);
             return Ok(Step::Wait);
@@ -420,6 +431,21 @@ mod tests {
             let expected = Value::Array(vec![string.clone(), Value::Int(7), string]);
             assert_eq!(read([&text[..]]).unwrap(), [expected], "{length}");
         }
+    }
+
+    #[test]
+    fn small_strings_are_read_many_at_once() {
+        let string = format!("$300\r\n{}\r\n", "x".repeat(300));
+        let text = format!("*500\r\n{}", string.repeat(500));
+        let mut rest = text.as_bytes();
+        let mut reader = Reader::default();
+        let mut context = Context::from_waker(Waker::noop());
+        let mut reads = 0;
+        while reader.next().unwrap().is_none() {
+            assert!(reader.poll_fill(&mut rest, &mut context).is_ready());
+            reads += 1;
+        }
+        assert_eq!(reads, text.len().div_ceil(READ));
     }
 
     #[test]

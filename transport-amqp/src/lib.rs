@@ -22,6 +22,7 @@ mod outlet;
 mod press;
 mod prober;
 mod publisher;
+mod pulse;
 mod recovery;
 mod refused;
 mod roller;

@@ -1,34 +1,41 @@
 //! Servers that stand still until the broker has given their requests to somebody else, and then run again: what had reached their
 //! sockets and buffers is not theirs any more.
 
+use std::net::SocketAddr;
 use std::process::{ExitCode, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use antiphon_amqp::{AmqpConfig, AmqpTransport};
+use antiphon_conformance::proxy::replace_authority;
 use antiphon_core::{ErrorKind, Fault, Server};
 use bytes::Bytes;
-use tokio::io::{AsyncBufReadExt, BufReader, Lines};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::process::{Child, ChildStdout, Command};
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 use crate::bench::{Bench, PROMPT, eventually, fresh};
 
 /// So many requests lie in the buffers of a server that stands still.
 const REQUESTS: usize = 8;
 
-/// By which this program knows that it is to be a server: its broker, its service, and whether it is the owner.
+/// By which this program knows that it is to be a server: its broker, its heartbeat in seconds, its service, and whether it is the
+/// owner.
 const ROLE: &str = "ANTIPHON_TEST_FROZEN_SERVER";
 
 /// Serves in this process, if it was started for that, until the service is another's. It says all that happens.
 pub(crate) fn serve() -> Option<ExitCode> {
     let role = std::env::var(ROLE).ok()?;
     let mut role = role.split(' ');
-    let (url, service, mode) = (role.next()?, role.next()?, role.next()?);
+    let (url, heartbeat) = (role.next()?, role.next()?);
+    let (service, mode) = (role.next()?, role.next()?);
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(async {
         let mut config = AmqpConfig::from_url(url).unwrap();
-        config.heartbeat = Duration::from_secs(1);
+        config.heartbeat = Duration::from_secs(heartbeat.parse().unwrap());
         let transport = Arc::new(AmqpTransport::connect(config).await.unwrap());
         let server = Server::new(transport).prefetch(2 * REQUESTS);
         let server = match mode {
@@ -54,9 +61,9 @@ struct Frozen {
 
 impl Frozen {
     /// Starts one, and freezes it once it serves.
-    async fn start(bench: &Bench, service: &str, mode: &str) -> Self {
+    async fn start(url: &str, heartbeat: u64, service: &str, mode: &str) -> Self {
         let mut child = Command::new(std::env::current_exe().unwrap())
-            .env(ROLE, format!("{} {service} {mode}", bench.broker.url()))
+            .env(ROLE, format!("{url} {heartbeat} {service} {mode}"))
             .stdout(Stdio::piped())
             .kill_on_drop(true)
             .spawn()
@@ -82,6 +89,32 @@ impl Frozen {
         }
         rest
     }
+}
+
+/// Passes on what is sent to a broker, and what it sends, until it lets go of those connections that there are then: each side sees a
+/// clean end, behind all that was sent.
+async fn relay(broker: String) -> (SocketAddr, CancellationToken) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let let_go = CancellationToken::new();
+    let until = let_go.clone();
+    tokio::spawn(async move {
+        while let Ok((mut near, _)) = listener.accept().await {
+            let until = match until.is_cancelled() {
+                true => CancellationToken::new(),
+                false => until.clone(),
+            };
+            let mut far = TcpStream::connect(&broker).await.unwrap();
+            tokio::spawn(async move {
+                let both = tokio::io::copy_bidirectional(&mut near, &mut far);
+                let _ = until.run_until_cancelled(both).await;
+                drop(far);
+                let _ = near.shutdown().await;
+                let _ = tokio::io::copy(&mut near, &mut tokio::io::sink()).await;
+            });
+        }
+    });
+    (address, let_go)
 }
 
 /// Sends requests to a server that stands still, which the broker has given all of them then.
@@ -114,7 +147,7 @@ async fn all(told: &mut mpsc::UnboundedReceiver<()>) {
 
 pub(crate) async fn an_owner_that_was_frozen_starts_nothing_of_its_successors(bench: Bench) {
     let service = fresh("frozen-owner");
-    let mut owner = Frozen::start(&bench, &service, "owner").await;
+    let mut owner = Frozen::start(bench.broker.url(), 1, &service, "owner").await;
     fill(&bench, &service).await;
     let (newcomer, mut ran) = telling(bench.connect().await, &service);
     let _newcomer = newcomer.take_over().start().await.unwrap();
@@ -124,9 +157,29 @@ pub(crate) async fn an_owner_that_was_frozen_starts_nothing_of_its_successors(be
     assert!(ran.try_recv().is_err(), "each ran once");
 }
 
+/// As when its broker closes its connection, which in truth takes as long as it takes the owner to find out by itself.
+pub(crate) async fn an_owner_that_was_frozen_does_not_believe_its_buffers(bench: Bench) {
+    let service = fresh("frozen-buffers");
+    let (address, let_go) = relay(bench.broker.authority()).await;
+    let url = replace_authority(bench.broker.url(), address);
+    let mut owner = Frozen::start(&url, 4, &service, "owner").await;
+    let since = Instant::now();
+    fill(&bench, &service).await;
+    let_go.cancel();
+    let (newcomer, mut ran) = telling(bench.connect().await, &service);
+    let _newcomer = newcomer.take_over().start().await.unwrap();
+    all(&mut ran).await;
+    // Longer than half a heartbeat, and shorter than two, after which it asks nobody.
+    tokio::time::sleep_until(since + Duration::from_millis(2500)).await;
+    assert!(since.elapsed() < Duration::from_secs(7), "{since:?}");
+    owner.signal("-CONT").await;
+    assert_eq!(owner.rest().await, ["over: AlreadyOwned"]);
+    assert!(ran.try_recv().is_err(), "each ran once");
+}
+
 pub(crate) async fn a_server_that_was_frozen_leaves_its_requests_to_others(bench: Bench) {
     let service = fresh("frozen");
-    let mut frozen = Frozen::start(&bench, &service, "one of many").await;
+    let mut frozen = Frozen::start(bench.broker.url(), 1, &service, "one").await;
     fill(&bench, &service).await;
     let (other, mut ran) = telling(bench.connect().await, &service);
     let _other = other.start().await.unwrap();
@@ -175,7 +228,7 @@ pub(crate) async fn a_server_that_hung_for_a_while_goes_on(bench: Bench) {
         });
     });
     is_started.await.unwrap();
-    let since = tokio::time::Instant::now();
+    let since = Instant::now();
     fill(&bench, &service).await;
     tokio::time::sleep_until(since + Duration::from_secs(3)).await;
     assert!(has_run.try_recv().is_err(), "it stands still");
@@ -225,7 +278,7 @@ pub(crate) async fn a_newcomer_gets_the_service_of_an_owner_that_hangs(bench: Be
     does_hang.recv().await.unwrap();
     bench.messages(&service, 0).await;
     let (newcomer, mut ran) = telling(bench.connect().await, &service);
-    let since = tokio::time::Instant::now();
+    let since = Instant::now();
     let _newcomer = newcomer.take_over().start().await.unwrap();
     // Three heartbeats, and the grace and the two seconds in which it could have handed over.
     assert!(

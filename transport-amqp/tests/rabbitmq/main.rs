@@ -71,6 +71,7 @@ fn main() -> ExitCode {
         faults::everybody_leaves_a_connection_that_does_not_answer,
         faults::an_owner_takes_its_service_back_from_its_ghost,
         frozen::an_owner_that_was_frozen_starts_nothing_of_its_successors,
+        frozen::an_owner_that_was_frozen_does_not_believe_its_buffers,
         frozen::a_server_that_was_frozen_leaves_its_requests_to_others,
         frozen::a_server_that_hung_for_a_while_goes_on,
         frozen::a_newcomer_gets_the_service_of_an_owner_that_hangs,

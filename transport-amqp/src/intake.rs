@@ -9,17 +9,17 @@ use std::time::Duration;
 use futures_util::future::{BoxFuture, join_all};
 use futures_util::{FutureExt, StreamExt};
 use lapin::message::Delivery;
-use lapin::options::{BasicCancelOptions, BasicConsumeOptions, BasicQosOptions};
-use lapin::types::{FieldTable, ShortString};
-use lapin::{Channel, Consumer};
+use lapin::options::BasicCancelOptions;
+use lapin::types::ShortString;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::acker::Acker;
 use crate::config::AmqpConfig;
-use crate::error::{Failure, NOT_FOUND, closed};
+use crate::error::{Failure, closed};
+use crate::lane::{Lane, attach, question};
 use crate::link::{Link, Session, backoff, bounded};
-use crate::naming::{self, QueueNames};
+use crate::naming::QueueNames;
 use crate::topology::{self, Lingering};
 
 /// How long a subscription waits for its retry queue before it serves without.
@@ -88,15 +88,6 @@ pub(crate) struct Intake {
     asking: Option<BoxFuture<'static, Option<u64>>>,
     /// What arrived before the answer.
     early: Option<(Origin, Delivery)>,
-}
-
-/// One queue, on a channel of its own: a broker that lost a queue's leader stops answering on the channel that asked for it.
-struct Lane {
-    channel: Channel,
-    consumer: Consumer,
-    acker: Acker,
-    /// Something was acknowledged, and the broker not asked since.
-    unasked: bool,
 }
 
 impl Intake {
@@ -383,53 +374,6 @@ impl Intake {
         let retry = self.retry.iter_mut().map(|lane| (Origin::Retry, lane));
         retry.chain([(Origin::Main, &mut self.main)])
     }
-}
-
-impl Lane {
-    async fn open(session: &Session, queue: &ShortString, prefetch: u16) -> Result<Self, Failure> {
-        let channel = session.channel().await?;
-        let qos = channel.basic_qos(prefetch, BasicQosOptions::default());
-        bounded("basic.qos", qos).await?;
-        let consume = channel.basic_consume(
-            queue.clone(),
-            naming::CONSUMER.into(),
-            BasicConsumeOptions::default(),
-            FieldTable::default(),
-        );
-        let consumer = bounded("basic.consume", consume).await?;
-        Ok(Self {
-            channel,
-            consumer,
-            acker: Acker::new(),
-            unasked: false,
-        })
-    }
-}
-
-/// Tries until the broker gives us the retry queue. If the connection is lost meanwhile, the main queue's consumer tells.
-async fn attach(session: Arc<Session>, plan: Plan) -> Lane {
-    let queue = &plan.names.retry;
-    let mut attempt = 0;
-    loop {
-        let failure = match Lane::open(&session, queue, 1).await {
-            Ok(lane) => return lane,
-            // Removed since it was seen.
-            Err(failure) if failure.is(NOT_FOUND) => {
-                let ensured = topology::ensure(&session, &plan.config, &plan.names, queue).await;
-                ensured.err().unwrap_or(failure)
-            }
-            Err(failure) => failure,
-        };
-        tracing::warn!(%failure, %queue, "not yet consumed");
-        sleep(backoff(attempt)).await;
-        attempt = attempt.saturating_add(1);
-    }
-}
-
-/// Asks something that changes nothing: a limit for consumers to come, of which there are none.
-async fn question(channel: Channel) -> Result<(), Failure> {
-    let qos = channel.basic_qos(1, BasicQosOptions::default());
-    bounded("basic.qos", qos).await
 }
 
 impl fmt::Debug for Intake {

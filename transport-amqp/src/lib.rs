@@ -15,6 +15,7 @@ mod held;
 mod inbox;
 mod intake;
 mod joined;
+mod lane;
 mod link;
 mod message;
 mod naming;

@@ -78,7 +78,7 @@ impl Service {
             // Boxed, since a task moves its future about.
             let serving: Serving = if !in_place || now >= until {
                 Box::pin(Arc::clone(self).serve(delivery))
-            } else if self.is_plain(&delivery) {
+            } else if self.is_plain(&delivery, now) {
                 match self.begin(delivery, &mut now) {
                     Some(left) => Box::pin(Arc::clone(self).finish(left)),
                     None => continue,
@@ -102,8 +102,9 @@ impl Service {
 
     /// Takes one delivery to its end.
     pub(crate) async fn serve(self: Arc<Self>, delivery: Delivery) {
-        if self.is_plain(&delivery) {
-            self.execute(delivery).await;
+        let now = Instant::now();
+        if self.is_plain(&delivery, now) {
+            self.execute(delivery, now).await;
         } else {
             // Apart, so that the many requests that do not come here carry no place for it.
             Box::pin(self.examine(delivery)).await;
@@ -111,8 +112,9 @@ impl Service {
     }
 
     /// True if there is nothing to know of a request before it is executed.
-    fn is_plain(&self, delivery: &Delivery) -> bool {
+    fn is_plain(&self, delivery: &Delivery, now: Instant) -> bool {
         delivery.attempt == 1
+            && delivery.is_certain(now)
             && !delivery.waited
             && delivery.request.signals != Signals::Offer
             && self.outbox.count() == 0
@@ -120,7 +122,7 @@ impl Service {
     }
 
     /// Executes a request, unless it was delivered too often, is done already, or is not wanted any more.
-    async fn examine(self: &Arc<Self>, delivery: Delivery) {
+    async fn examine(self: &Arc<Self>, mut delivery: Delivery) {
         let (id, reply_to) = (&delivery.request.id, delivery.request.reply_to.as_ref());
         if delivery.attempt > 1 {
             count(&self.counters.redelivered);
@@ -143,7 +145,13 @@ impl Service {
             return self.settle(delivery.dead_letter(reason, reply)).await;
         }
         match self.is_wanted(&delivery).await {
-            Wanted::Yes => self.execute(delivery).await,
+            Wanted::Yes => {
+                let ascertained = self.kill.run_until_cancelled(delivery.ascertained());
+                // Else dropped unsettled: somebody else has it, or will.
+                if let Some(Some(now)) = ascertained.await {
+                    self.execute(delivery, now).await;
+                }
+            }
             Wanted::No => {
                 count(&self.counters.cancelled);
                 self.settle(delivery.reply(None)).await;
@@ -154,8 +162,8 @@ impl Service {
     }
 
     /// Has a request refused or handled, and settles it.
-    async fn execute(self: &Arc<Self>, delivery: Delivery) {
-        if let Some(left) = self.begin(delivery, &mut Instant::now()) {
+    async fn execute(self: &Arc<Self>, delivery: Delivery, mut now: Instant) {
+        if let Some(left) = self.begin(delivery, &mut now) {
             Box::pin(Arc::clone(self).finish(left)).await;
         }
     }

@@ -374,6 +374,9 @@ pub struct Delivery {
     /// recovery. Its caller is asked then. False, the default, if what is given up is withdrawn from the queue.
     /// *Checked by* `given_up/*`.
     pub waited: bool,
+    /// Until when it is certain that nobody else has it. Who has not started it by then [asks](Settlement::ascertain). None, the
+    /// default: as long as its lease is not cancelled.
+    pub certain_until: Option<Instant>,
     /// It is a copy of this server's own, of what all servers of its service were asked.
     pub(crate) asked: bool,
     settlement: Box<dyn Settlement>,
@@ -395,6 +398,7 @@ impl Delivery {
             expires,
             lease: lease.into(),
             waited: false,
+            certain_until: None,
             asked: false,
             settlement,
         }
@@ -421,6 +425,23 @@ impl Delivery {
     /// As [`reply`](Self::reply), with a reply of which somebody else has a share. The request is left.
     pub(crate) fn reply_shared(self, reply: Option<Arc<Reply>>) -> (Arc<Request>, Settling) {
         (self.request, self.settlement.settle(Settle::Reply(reply)))
+    }
+
+    /// Waits until it is certain that nobody else has it, as it mostly is, and gives the time then. None if somebody may: it is not to
+    /// be started.
+    pub(crate) async fn ascertained(&mut self) -> Option<Instant> {
+        loop {
+            let now = Instant::now();
+            if self.is_certain(now) {
+                return Some(now);
+            }
+            // Looked at again: the answer may have waited for us as well.
+            self.certain_until = Some(self.settlement.ascertain().await?);
+        }
+    }
+
+    pub(crate) fn is_certain(&self, now: Instant) -> bool {
+        self.certain_until.is_none_or(|until| now < until)
     }
 
     /// Moves the request to the service's dead letters, telling the caller, for good.
@@ -456,6 +477,14 @@ pub trait Settlement: Debug + Send + Sync {
     ///
     /// **Cancel safety**: once polled, it happens.
     async fn settle(self: Box<Self>, settle: Settle) -> Result<(), Error>;
+
+    /// Makes certain that nobody else has the delivery, and says until when that holds; none if somebody may. Only for one that says
+    /// until [when](Delivery::certain_until) it is certain: by default none.
+    ///
+    /// **Cancel safety**: dropping the future changes nothing.
+    async fn ascertain(&self) -> Option<Instant> {
+        None
+    }
 }
 
 /// How a delivery ends.

@@ -3,23 +3,23 @@
 use std::fmt;
 use std::future::poll_fn;
 use std::sync::Arc;
-use std::task::Poll;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use futures_util::future::{BoxFuture, join_all};
 use futures_util::{FutureExt, StreamExt};
 use lapin::message::Delivery;
-use lapin::options::{BasicCancelOptions, BasicConsumeOptions, BasicQosOptions};
-use lapin::types::{FieldTable, ShortString};
-use lapin::{Channel, Consumer};
+use lapin::options::BasicCancelOptions;
+use lapin::types::ShortString;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::acker::Acker;
 use crate::config::AmqpConfig;
-use crate::error::{Failure, NOT_FOUND, closed};
+use crate::error::{Failure, closed};
+use crate::lane::{Lane, attach, question};
 use crate::link::{Link, Session, backoff, bounded};
-use crate::naming::{self, QueueNames};
+use crate::naming::QueueNames;
 use crate::topology::{self, Lingering};
 
 /// How long a subscription waits for its retry queue before it serves without.
@@ -42,6 +42,20 @@ pub(crate) struct Plan {
     pub(crate) exclusive: bool,
     /// The queue by which an exclusive subscription knows its own ghost.
     pub(crate) marker: ShortString,
+}
+
+/// What came of waiting.
+#[derive(Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "nearly all are deliveries, and a box for each costs more"
+)]
+pub(crate) enum Arrival {
+    Delivery(Origin, Delivery),
+    /// After a pause of this process: what arrived until then is ours.
+    Certain,
+    /// A consumer has ended, for whatever reason.
+    Over,
 }
 
 /// Which queue a delivery came from.
@@ -68,15 +82,12 @@ pub(crate) struct Intake {
     prefetch: u32,
     /// The retry queue, while the broker does not give it to us.
     attaching: Option<BoxFuture<'static, Lane>>,
-}
-
-/// One queue, on a channel of its own: a broker that lost a queue's leader stops answering on the channel that asked for it.
-struct Lane {
-    channel: Channel,
-    consumer: Consumer,
-    acker: Acker,
-    /// Something was acknowledged, and the broker not asked since.
-    unasked: bool,
+    /// The pauses of this process after which the broker has said that the connection lives.
+    pauses: u64,
+    /// The question whether it does, and after how many; none of them if it does not.
+    asking: Option<BoxFuture<'static, Option<u64>>>,
+    /// What arrived before the answer.
+    early: Option<(Origin, Delivery)>,
 }
 
 impl Intake {
@@ -137,6 +148,7 @@ impl Intake {
 
     async fn consume(session: &Arc<Session>, plan: &Plan) -> Result<Self, Failure> {
         let names = &plan.names;
+        let pauses = session.pulse.pauses(Instant::now());
         let prefetch = u16::try_from(plan.prefetch).unwrap_or(u16::MAX);
         let backlog = topology::look(session, &names.main).await?;
         let main = Lane::open(session, &names.main, prefetch).await?;
@@ -157,43 +169,105 @@ impl Intake {
             main,
             attaching: retry.is_none().then_some(attaching),
             retry,
+            pauses,
+            asking: None,
+            early: None,
         };
         intake.is_left(None);
         Ok(intake)
     }
 
-    /// The next delivery; `None` once a consumer has ended, for whatever reason.
-    pub(crate) async fn next(&mut self) -> Option<(Origin, Delivery)> {
+    /// Waits for a delivery, or the answer to the question whether they are ours, before which there is none.
+    pub(crate) async fn next(&mut self) -> Arrival {
         poll_fn(|cx| {
-            if let Some(attaching) = &mut self.attaching
-                && let Poll::Ready(lane) = attaching.poll_unpin(cx)
-            {
-                self.attaching = None;
-                self.retry = Some(lane);
+            if let Some(asking) = &mut self.asking {
+                let Poll::Ready(answer) = asking.poll_unpin(cx) else {
+                    return Poll::Pending;
+                };
+                self.asking = None;
+                let Some(pauses) = answer else {
+                    return Poll::Ready(Arrival::Over);
+                };
+                self.pauses = pauses;
+                return Poll::Ready(Arrival::Certain);
             }
-            while let Some(looking) = &mut self.looking
-                && let Poll::Ready(left) = looking.poll_unpin(cx)
-            {
-                self.is_left(left);
+            if let Some((origin, delivery)) = self.early.take() {
+                return Poll::Ready(Arrival::Delivery(origin, delivery));
             }
-            let retry = self.retry.iter_mut().map(|lane| (Origin::Retry, lane));
-            for (origin, lane) in retry.chain([(Origin::Main, &mut self.main)]) {
-                match lane.consumer.poll_next_unpin(cx) {
-                    Poll::Ready(Some(Ok(delivery))) => {
-                        return Poll::Ready(Some((origin, delivery)));
-                    }
-                    Poll::Ready(Some(Err(error))) => {
-                        let kind = error.kind();
-                        self.unreadable = matches!(kind, lapin::ErrorKind::ParsingError(_));
-                        return Poll::Ready(None);
-                    }
-                    Poll::Ready(None) => return Poll::Ready(None),
-                    Poll::Pending => {}
-                }
-            }
-            Poll::Pending
+            self.poll_arrival(cx)
         })
         .await
+    }
+
+    /// What is there at once.
+    pub(crate) fn arrived(&mut self) -> Option<Arrival> {
+        poll_fn(|cx| self.poll_arrival(cx)).now_or_never()
+    }
+
+    fn poll_arrival(&mut self, cx: &mut Context<'_>) -> Poll<Arrival> {
+        if let Some(attaching) = &mut self.attaching
+            && let Poll::Ready(lane) = attaching.poll_unpin(cx)
+        {
+            self.attaching = None;
+            self.retry = Some(lane);
+        }
+        while let Some(looking) = &mut self.looking
+            && let Poll::Ready(left) = looking.poll_unpin(cx)
+        {
+            self.is_left(left);
+        }
+        let retry = self.retry.iter_mut().map(|lane| (Origin::Retry, lane));
+        for (origin, lane) in retry.chain([(Origin::Main, &mut self.main)]) {
+            match lane.consumer.poll_next_unpin(cx) {
+                Poll::Ready(Some(Ok(delivery))) => {
+                    return Poll::Ready(Arrival::Delivery(origin, delivery));
+                }
+                Poll::Ready(Some(Err(error))) => {
+                    let kind = error.kind();
+                    self.unreadable = matches!(kind, lapin::ErrorKind::ParsingError(_));
+                    return Poll::Ready(Arrival::Over);
+                }
+                Poll::Ready(None) => return Poll::Ready(Arrival::Over),
+                Poll::Pending => {}
+            }
+        }
+        Poll::Pending
+    }
+
+    /// True if what has arrived is ours. If this process stood still, the broker may have given it to somebody else and closed the
+    /// connection, whose end is behind all deliveries. It is asked then.
+    pub(crate) fn is_certain(&mut self, now: Instant) -> bool {
+        let pauses = self.session.pulse.pauses(now);
+        if pauses == self.pauses {
+            return true;
+        }
+        if self.asking.is_none() {
+            let (session, channel) = (Arc::clone(&self.session), self.main.channel.clone());
+            let asking = async move {
+                match question(channel).await {
+                    Ok(()) => Some(pauses),
+                    Err(failure) => {
+                        tracing::warn!(%failure, "this process stood still, and lost its connection");
+                        if matches!(failure, Failure::TimedOut(_)) {
+                            session.suspect();
+                        }
+                        None
+                    }
+                }
+            };
+            self.asking = Some(asking.boxed());
+        }
+        false
+    }
+
+    /// True while the broker is asked whether what has arrived is ours.
+    pub(crate) fn is_asking(&self) -> bool {
+        self.asking.is_some()
+    }
+
+    /// Keeps what arrived until that is certain.
+    pub(crate) fn keep(&mut self, origin: Origin, delivery: Delivery) {
+        self.early = Some((origin, delivery));
     }
 
     /// True if the request that comes now may have been in the queue when nobody could tell us that it is given up.
@@ -225,23 +299,26 @@ impl Intake {
         })
     }
 
-    /// Stops taking, and gives what the broker had sent until then.
-    pub(crate) async fn cancel(&mut self) -> Vec<(Origin, Delivery)> {
+    /// Stops taking, and gives what the broker had sent until then; none if the connection is lost, and all that with it.
+    pub(crate) async fn cancel(&mut self) -> Option<Vec<(Origin, Delivery)>> {
         self.attaching = None;
         self.looking = None;
-        let mut rest = Vec::new();
+        let mut rest: Vec<_> = self.early.take().into_iter().collect();
         for (origin, lane) in self.lanes() {
             let options = BasicCancelOptions::default();
             let cancel = lane.channel.basic_cancel(lane.consumer.tag(), options);
             if let Err(failure) = bounded("basic.cancel", cancel).await {
                 tracing::debug!(%failure, "the consumer was not cancelled");
+                if origin == Origin::Main && !matches!(failure, Failure::TimedOut(_)) {
+                    return None;
+                }
             }
             // What was under way is here before the broker's answer.
             while let Some(Some(Ok(delivery))) = lane.consumer.next().now_or_never() {
                 rest.push((origin, delivery));
             }
         }
-        rest
+        Some(rest)
     }
 
     /// Marks a delivery as done; `key` comes back when it is acknowledged.
@@ -280,7 +357,7 @@ impl Intake {
             join_all(questions)
                 .await
                 .into_iter()
-                .all(|answered| answered)
+                .all(|answer| answer.is_ok())
         }
     }
 
@@ -297,53 +374,6 @@ impl Intake {
         let retry = self.retry.iter_mut().map(|lane| (Origin::Retry, lane));
         retry.chain([(Origin::Main, &mut self.main)])
     }
-}
-
-impl Lane {
-    async fn open(session: &Session, queue: &ShortString, prefetch: u16) -> Result<Self, Failure> {
-        let channel = session.channel().await?;
-        let qos = channel.basic_qos(prefetch, BasicQosOptions::default());
-        bounded("basic.qos", qos).await?;
-        let consume = channel.basic_consume(
-            queue.clone(),
-            naming::CONSUMER.into(),
-            BasicConsumeOptions::default(),
-            FieldTable::default(),
-        );
-        let consumer = bounded("basic.consume", consume).await?;
-        Ok(Self {
-            channel,
-            consumer,
-            acker: Acker::new(),
-            unasked: false,
-        })
-    }
-}
-
-/// Tries until the broker gives us the retry queue. If the connection is lost meanwhile, the main queue's consumer tells.
-async fn attach(session: Arc<Session>, plan: Plan) -> Lane {
-    let queue = &plan.names.retry;
-    let mut attempt = 0;
-    loop {
-        let failure = match Lane::open(&session, queue, 1).await {
-            Ok(lane) => return lane,
-            // Removed since it was seen.
-            Err(failure) if failure.is(NOT_FOUND) => {
-                let ensured = topology::ensure(&session, &plan.config, &plan.names, queue).await;
-                ensured.err().unwrap_or(failure)
-            }
-            Err(failure) => failure,
-        };
-        tracing::warn!(%failure, %queue, "not yet consumed");
-        sleep(backoff(attempt)).await;
-        attempt = attempt.saturating_add(1);
-    }
-}
-
-/// Asks something that changes nothing: a limit for consumers to come, of which there are none.
-async fn question(channel: Channel) -> bool {
-    let qos = channel.basic_qos(1, BasicQosOptions::default());
-    bounded("basic.qos", qos).await.is_ok()
 }
 
 impl fmt::Debug for Intake {

@@ -20,6 +20,7 @@ use crate::config::AmqpConfig;
 use crate::dial::{Grip, dial};
 use crate::error::Failure;
 use crate::press::{Press, PressChannel};
+use crate::pulse::Pulse;
 
 /// No single operation on a live connection takes longer; one that does counts as a lost connection.
 const OPERATION_TIMEOUT: Duration = Duration::from_secs(5);
@@ -85,6 +86,7 @@ pub(crate) trait Life: Send + Sync + Sized + 'static {
 pub(crate) struct Session {
     /// 1 for the first one, and so on.
     pub(crate) number: u64,
+    pub(crate) pulse: Pulse,
     name: &'static str,
     connection: Held,
     grip: Grip,
@@ -186,8 +188,13 @@ impl Life for Session {
         blocked: Blocked,
     ) -> Result<Self, Failure> {
         let (connection, grip) = dial(config, name, limit).await?;
+        let heartbeat = match connection.configuration().heartbeat() {
+            0 => config.heartbeat,
+            agreed => Duration::from_secs(agreed.into()),
+        };
         Ok(Self {
             number,
+            pulse: Pulse::new(heartbeat),
             name,
             connection: Held(connection),
             grip,
@@ -204,6 +211,7 @@ impl Life for Session {
         let mut events = std::pin::pin!(connection.events_listener());
         let mut reason = String::from("the connection was closed");
         loop {
+            self.pulse.beat();
             let event = tokio::select! {
                 event = events.next() => event,
                 () = self.grip.cut_off() => return "the broker does not answer".to_owned(),

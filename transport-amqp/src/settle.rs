@@ -4,6 +4,7 @@ use antiphon_core::transport::{Settle, Settlement};
 use antiphon_core::{Error, ErrorKind};
 use async_trait::async_trait;
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
 
 /// What the task of a subscription is told.
 #[derive(Debug)]
@@ -20,6 +21,11 @@ pub(crate) enum Command {
     Again { key: u64 },
     /// The same, but there is no queue for it, and none can be made for now.
     PutOff { key: u64 },
+    /// Say until when it is certain that nobody else has a delivery; none if somebody may.
+    Ascertain {
+        key: u64,
+        until: oneshot::Sender<Option<Instant>>,
+    },
     /// Take nothing more.
     Stop { done: oneshot::Sender<()> },
 }
@@ -48,6 +54,14 @@ impl AmqpSettlement {
 
 #[async_trait]
 impl Settlement for AmqpSettlement {
+    async fn ascertain(&self) -> Option<Instant> {
+        let (until, answer) = oneshot::channel();
+        let key = self.key;
+        let commands = self.commands.as_ref()?;
+        commands.send(Command::Ascertain { key, until }).ok()?;
+        answer.await.ok().flatten()
+    }
+
     async fn settle(mut self: Box<Self>, settle: Settle) -> Result<(), Error> {
         let (done, settled) = oneshot::channel();
         // Taken, so that dropping this future no longer counts as dropping the delivery.

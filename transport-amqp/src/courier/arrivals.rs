@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use super::settling::lost_lease;
 use super::{BATCH, Courier};
 use crate::held::{Decoded, Held, Identity, Progress, Work};
-use crate::intake::{Intake, Origin};
+use crate::intake::{Arrival, Intake, Origin};
 use crate::link::jitter;
 use crate::message;
 use crate::settle::AmqpSettlement;
@@ -33,23 +33,32 @@ const UNREADABLE_WAITS: Duration = Duration::from_millis(100);
 const UNREADABLE_WAITS_MAX: Duration = Duration::from_secs(30);
 
 impl Courier {
-    /// Takes what arrived, and what arrived with it. `None` means that the channel or a queue is gone.
-    pub(super) fn take(&mut self, mut taken: Option<(Origin, lapin::message::Delivery)>) {
+    /// Takes what arrived, and what arrived with it, if it is certainly ours.
+    pub(super) fn take(&mut self, mut arrival: Arrival) {
+        let Some(intake) = &mut self.intake else {
+            return;
+        };
+        if let Arrival::Delivery(origin, delivery) = arrival {
+            if !intake.is_certain(Instant::now()) {
+                return intake.keep(origin, delivery);
+            }
+            arrival = Arrival::Delivery(origin, delivery);
+        }
         for _ in 0..BATCH {
-            let Some((origin, delivery)) = taken else {
-                return self.lose_intake();
-            };
-            self.arrive(origin, delivery);
-            let Some(intake) = &mut self.intake else {
-                return;
-            };
-            match intake.next().now_or_never() {
-                Some(next) => taken = next,
+            match arrival {
+                Arrival::Delivery(origin, delivery) => self.arrive(origin, delivery),
+                Arrival::Certain => return,
+                Arrival::Over => return self.lose_intake(),
+            }
+            match self.intake.as_mut().and_then(Intake::arrived) {
+                Some(next) => arrival = next,
                 None => return,
             }
         }
-        if let Some((origin, delivery)) = taken {
-            self.arrive(origin, delivery);
+        match arrival {
+            Arrival::Delivery(origin, delivery) => self.arrive(origin, delivery),
+            Arrival::Certain => {}
+            Arrival::Over => self.lose_intake(),
         }
     }
 
@@ -134,6 +143,15 @@ impl Courier {
     /// Hands over what waits, as far as handlers are free.
     pub(super) fn hand_over(&mut self, now: Instant) {
         self.drop_lost(now);
+        // It may have waited here while this process stood still.
+        if !self.waiting.is_empty() && !self.is_certain(now) {
+            return;
+        }
+        let certain = self
+            .intake
+            .as_ref()
+            .map(|intake| intake.session.pulse.limit());
+        let certain_until = certain.map(|certain| now + certain);
         let mut parked = Vec::new();
         while self.handed < self.route.plan.prefetch {
             let Some(key) = self.waiting.pop_front() else {
@@ -160,6 +178,7 @@ impl Courier {
                 Box::new(settlement),
             );
             delivery.waited = decoded.waited;
+            delivery.certain_until = certain_until;
             held.handed = true;
             self.handed += 1;
             let refused = match &self.deliveries {
@@ -182,6 +201,26 @@ impl Courier {
         for key in stale {
             self.give_back(key);
         }
+    }
+
+    /// Tells those who ask whether what they are about to start is still ours, once that is certain.
+    pub(super) fn ascertain(&mut self, now: Instant) {
+        if self.uncertain.is_empty() || !self.is_certain(now) {
+            return;
+        }
+        let intake = self.intake.as_ref();
+        let until = intake.map(|intake| now + intake.session.pulse.limit());
+        for (key, asks) in self.uncertain.drain(..) {
+            // Without a tag it is in its queue again.
+            let is_ours = self.held.get(&key).is_some_and(|held| held.tag.is_some());
+            let _ = asks.send(until.filter(|_| is_ours));
+        }
+    }
+
+    /// True if all that has a tag is ours: this process did not stand still, or the broker was asked since.
+    fn is_certain(&mut self, now: Instant) -> bool {
+        let intake = self.intake.as_mut();
+        intake.is_none_or(|intake| intake.is_certain(now))
     }
 
     /// Forgets what waits and lost its channel, once its copy will hardly come here any more.
@@ -236,8 +275,13 @@ impl Courier {
             .over
             .set(Error::not_executed(ErrorKind::Closed, message));
         if let Some(intake) = &mut self.intake {
-            for (origin, delivery) in intake.cancel().await {
-                self.arrive(origin, delivery);
+            match intake.cancel().await {
+                Some(rest) => {
+                    for (origin, delivery) in rest {
+                        self.arrive(origin, delivery);
+                    }
+                }
+                None => self.lose_intake(),
             }
         }
         while let Some(key) = self.waiting.pop_front() {

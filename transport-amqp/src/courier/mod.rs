@@ -18,7 +18,7 @@ use antiphon_core::transport::Delivery;
 use antiphon_core::{Error, ErrorKind};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 
@@ -26,7 +26,7 @@ use self::recent::Recent;
 use self::settling::{DEATHS_ALONE, Sent, lost_lease};
 use crate::error::{Failure, closed};
 use crate::held::Held;
-use crate::intake::{Intake, Origin, Plan};
+use crate::intake::{Arrival, Intake, Plan};
 use crate::link::{Link, Opening, open_publishing, opened};
 use crate::outlet::Outlet;
 use crate::press::{Press, PressChannel};
@@ -86,6 +86,8 @@ pub(crate) struct Courier {
     waiting: VecDeque<u64>,
     /// How many have a handler's place.
     handed: usize,
+    /// What was handed over so long ago that whoever starts it asks whether it is still ours.
+    uncertain: Vec<(u64, oneshot::Sender<Option<Instant>>)>,
     /// What is to be published.
     unsent: VecDeque<u64>,
     /// What is to be published later.
@@ -128,6 +130,7 @@ impl Courier {
             next_key: 0,
             waiting: VecDeque::new(),
             handed: 0,
+            uncertain: Vec::new(),
             unsent: VecDeque::new(),
             later: Vec::new(),
             alone: None,
@@ -157,7 +160,7 @@ impl Courier {
                     }
                 }
                 () = prompt(&mut self.outlet) => self.tick = Some(Instant::now()),
-                taken = next(&mut self.intake) => self.take(taken),
+                arrival = next(&mut self.intake) => self.take(arrival),
                 accepted = self.sent.answered() => self.answered(accepted),
                 opened = open(&mut self.opening) => {
                     self.opening = None;
@@ -244,9 +247,14 @@ impl Courier {
             self.tick = Some(Instant::now() + TICK);
         }
         let later = self.later.iter().map(|(at, _)| *at).min();
+        let asking = self
+            .intake
+            .as_ref()
+            .is_some_and(|intake| intake.is_asking());
         let stale = self
             .waiting
             .iter()
+            .filter(|_| !asking)
             .filter_map(|key| self.goes_back(key))
             .min();
         // No connection to publish on: its return wakes us, or a look now and then.
@@ -285,6 +293,7 @@ impl Courier {
             !due
         });
         self.hand_over(now);
+        self.ascertain(now);
     }
 
     fn opened(&mut self, opened: Result<Intake, Failure>) -> Result<(), Error> {
@@ -373,7 +382,7 @@ async fn prompt(outlet: &mut Option<Outlet<u64>>) {
     .await
 }
 
-async fn next(intake: &mut Option<Intake>) -> Option<(Origin, lapin::message::Delivery)> {
+async fn next(intake: &mut Option<Intake>) -> Arrival {
     match intake {
         Some(intake) => intake.next().await,
         None => std::future::pending().await,

@@ -110,6 +110,7 @@ impl Courier {
             }
             Command::Again { key } => self.unsent.push_back(key),
             Command::PutOff { key } => self.put_off(key),
+            Command::Ascertain { key, until } => self.uncertain.push((key, until)),
             Command::Stop { done } => {
                 self.stop().await;
                 let _ = done.send(());

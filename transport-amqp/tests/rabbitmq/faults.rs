@@ -1,6 +1,6 @@
 //! What goes wrong on the way to RabbitMQ.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use antiphon_amqp::{AmqpConfig, AmqpTransport};
@@ -9,7 +9,6 @@ use antiphon_core::transport::SubscribeOptions;
 use antiphon_core::{ConnectionState, ErrorKind, Executed, Fault, Server, ServiceName, Transport};
 use bytes::Bytes;
 use tokio::io::AsyncReadExt;
-use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
 use crate::bench::{Bench, PROMPT, fresh};
@@ -122,55 +121,4 @@ pub(crate) async fn an_owner_takes_its_service_back_from_its_ghost(bench: Bench)
         .subscribe(&service, SubscribeOptions::exclusive(1))
         .await;
     assert_eq!(second.unwrap_err().kind(), ErrorKind::AlreadyOwned);
-}
-
-/// Its runtime stands still, and so do the heartbeats of its connections, which the broker ends then.
-pub(crate) async fn a_newcomer_gets_the_service_of_an_owner_that_hangs(bench: Bench) {
-    let service = fresh("hangs");
-    let mut config = bench.config();
-    config.heartbeat = Duration::from_secs(1);
-    let (started, is_started) = oneshot::channel();
-    let (over, is_over) = oneshot::channel();
-    let (hangs, mut does_hang) = mpsc::unbounded_channel();
-    let (release, released) = std::sync::mpsc::channel::<()>();
-    let released = Arc::new(Mutex::new(released));
-    let served = service.clone();
-    let hanging = std::thread::spawn(move || {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build();
-        runtime.unwrap().block_on(async move {
-            let transport = Arc::new(AmqpTransport::connect(config).await.unwrap());
-            let server = Server::new(transport)
-                .exclusive()
-                .handle_raw(&served, move |_: Bytes| {
-                    hangs.send(()).unwrap();
-                    // As long as the case at the most: it ends its sender.
-                    let _ = released.lock().unwrap().recv();
-                    async { Ok::<_, Fault>("owner") }
-                });
-            let mut server = server.start().await.unwrap();
-            started.send(()).unwrap();
-            over.send(server.over().await.kind()).unwrap();
-        });
-    });
-    is_started.await.unwrap();
-    let client = bench.client().await;
-    let call = tokio::spawn(client.call_raw(&service, "").into_future());
-    does_hang.recv().await.unwrap();
-    let newcomer = Server::new(bench.connect().await)
-        .take_over()
-        .handle_raw(&service, |_: Bytes| async { Ok::<_, Fault>("newcomer") });
-    let since = Instant::now();
-    let _newcomer = newcomer.start().await.unwrap();
-    // Three heartbeats, and the grace and the two seconds in which it could have handed over.
-    assert!(
-        since.elapsed() < Duration::from_secs(8),
-        "{:?}",
-        since.elapsed()
-    );
-    assert_eq!(call.await.unwrap().unwrap().body, "newcomer");
-    drop(release);
-    assert_eq!(is_over.await.unwrap(), ErrorKind::AlreadyOwned);
-    hanging.join().unwrap();
 }

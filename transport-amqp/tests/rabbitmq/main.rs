@@ -4,6 +4,7 @@
 mod alone;
 mod bench;
 mod faults;
+mod frozen;
 mod peers;
 mod queues;
 mod said;
@@ -34,6 +35,9 @@ macro_rules! cases {
 }
 
 fn main() -> ExitCode {
+    if let Some(code) = frozen::serve() {
+        return code;
+    }
     let cases = cases![
         peers::tutorial_client_gets_its_answer,
         peers::direct_reply_to_works,
@@ -66,7 +70,11 @@ fn main() -> ExitCode {
         faults::an_address_that_does_not_answer_is_given_up,
         faults::everybody_leaves_a_connection_that_does_not_answer,
         faults::an_owner_takes_its_service_back_from_its_ghost,
-        faults::a_newcomer_gets_the_service_of_an_owner_that_hangs,
+        frozen::an_owner_that_was_frozen_starts_nothing_of_its_successors,
+        frozen::an_owner_that_was_frozen_does_not_believe_its_buffers,
+        frozen::a_server_that_was_frozen_leaves_its_requests_to_others,
+        frozen::a_server_that_hung_for_a_while_goes_on,
+        frozen::a_newcomer_gets_the_service_of_an_owner_that_hangs,
         alone::losing_the_publisher_costs_no_call,
         alone::blocked_requests_wait_and_are_withdrawn,
         alone::a_reply_waits_for_the_alarm_to_end,

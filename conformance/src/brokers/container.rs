@@ -15,6 +15,7 @@ use tokio::runtime::Handle;
 use tokio::time::timeout;
 
 use super::{BrokerKind, BrokerOptions, Stop, ports, probe, process, rabbitmq, redis};
+use crate::proxy::Proxy;
 
 /// How long a broker may take from its container's start to its first answer.
 const START: Duration = Duration::from_secs(120);
@@ -34,8 +35,16 @@ pub(super) struct Container {
     /// None only while it is dropped.
     container: Option<ContainerAsync<GenericImage>>,
     authority: String,
-    tls_authority: Option<String>,
+    tls: Option<Tls>,
     _watchdog: Option<Watchdog>,
+}
+
+/// How it is reached over TLS. Its certificate is for this host, and a container may be at another address, such as the gateway of
+/// the daemon's network: so a proxy on this host is in front.
+#[derive(Debug)]
+struct Tls {
+    authority: String,
+    proxy: Proxy,
 }
 
 impl Container {
@@ -57,11 +66,15 @@ impl Container {
             local if local == "localhost" => "127.0.0.1".to_owned(),
             host => host,
         };
+        let tls = match tls_port {
+            Some(port) => Some(Tls::start(format!("{host}:{port}")).await?),
+            None => None,
+        };
         let this = Self {
             kind: options.kind,
             container: Some(container),
             authority: format!("{host}:{port}"),
-            tls_authority: tls_port.map(|port| format!("{host}:{port}")),
+            tls,
             _watchdog: watchdog,
         };
         this.ready().await?;
@@ -73,7 +86,8 @@ impl Container {
     }
 
     pub(super) fn tls_authority(&self) -> Option<String> {
-        self.tls_authority.clone()
+        let tls = self.tls.as_ref()?;
+        Some(tls.proxy.addr().to_string())
     }
 
     pub(super) async fn stop(&self, how: Stop) -> io::Result<()> {
@@ -152,8 +166,8 @@ impl Container {
                 if self.kind == BrokerKind::RabbitMq {
                     self.ctl(&rabbitmq::BOOTED).await?;
                 }
-                match &self.tls_authority {
-                    Some(authority) => probe::listens(authority, START).await,
+                match &self.tls {
+                    Some(tls) => probe::listens(&tls.authority, START).await,
                     None => Ok(()),
                 }
             }
@@ -176,6 +190,13 @@ impl Container {
             }
             tokio::time::sleep(CHECK).await;
         }
+    }
+}
+
+impl Tls {
+    async fn start(authority: String) -> io::Result<Self> {
+        let proxy = Proxy::start(authority.clone()).await?;
+        Ok(Self { authority, proxy })
     }
 }
 

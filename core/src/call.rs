@@ -40,6 +40,9 @@ pub type Notify = Call<()>;
 /// The future of a [`Call`].
 ///
 /// **Dropping** it gives the call up.
+///
+/// # Panics
+/// If it is polled once more after it was ready, as the future of an `async fn`.
 #[must_use = "a call is sent when it is awaited"]
 pub struct CallFuture<Out>(Running<Out>);
 
@@ -52,10 +55,18 @@ enum Running<Out> {
 struct Plain<Out> {
     call: Call<Out>,
     read: fn(Arc<Reply>) -> Result<Out, Error>,
-    /// None before the first poll.
-    started: Option<Instant>,
-    /// None before the first poll, and once it has ended.
-    attempt: Option<Attempt>,
+    stage: Stage,
+}
+
+enum Stage {
+    /// Not polled yet.
+    New,
+    Trying {
+        started: Instant,
+        attempt: Attempt,
+    },
+    /// It has ended, however it did.
+    Over,
 }
 
 #[derive(Default)]
@@ -294,8 +305,7 @@ impl<Out: Send + 'static> IntoFuture for Call<Out> {
             Finish::Reply(read) if self.options.attended.is_none() => Running::Plain(Plain {
                 call: self,
                 read,
-                started: None,
-                attempt: None,
+                stage: Stage::New,
             }),
             _ => Running::Other(Box::pin(self.run())),
         })
@@ -321,17 +331,38 @@ impl<Out> std::fmt::Debug for CallFuture<Out> {
 
 impl<Out> Plain<Out> {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Out, Error>> {
-        let started = *self.started.get_or_insert_with(Instant::now);
-        let mut exchange = self.call.exchange(started)?;
-        let reply = ready!(exchange.poll_call(&mut self.attempt, cx))?;
-        Poll::Ready((self.read)(reply))
+        if let Stage::New = self.stage {
+            let now = Instant::now();
+            self.begin(now, now)?;
+        }
+        loop {
+            let Stage::Trying { started, attempt } = &mut self.stage else {
+                panic!("a call was polled after it had ended");
+            };
+            let started = *started;
+            let outcome = ready!(self.call.exchange(started)?.poll_attempt(attempt, cx));
+            // Polled again, it must not be sent again; and an attempt leaves the table before the next one enters.
+            self.stage = Stage::Over;
+            match outcome {
+                Some(reply) => return Poll::Ready((self.read)(reply?)),
+                None => self.begin(started, Instant::now())?,
+            }
+        }
+    }
+
+    /// Begins an attempt. If it cannot, the call is over.
+    fn begin(&mut self, started: Instant, now: Instant) -> Result<(), Error> {
+        self.stage = Stage::Over;
+        let attempt = self.call.exchange(started)?.begin(now)?;
+        self.stage = Stage::Trying { started, attempt };
+        Ok(())
     }
 }
 
 impl<Out> Drop for Plain<Out> {
     fn drop(&mut self) {
-        if let (Some(attempt), Some(started)) = (&self.attempt, self.started)
-            && let Ok(exchange) = self.call.exchange(started)
+        if let Stage::Trying { started, attempt } = &self.stage
+            && let Ok(exchange) = self.call.exchange(*started)
         {
             exchange.give_up(attempt);
         }

@@ -48,26 +48,15 @@ impl Exchange<'_> {
         })
     }
 
-    /// Polls a call that wants nothing but its reply. `attempt` is the one that it is at: none before the first poll, and none
-    /// once this is ready. If it is dropped before, it must be [given up](Self::give_up).
-    pub(crate) fn poll_call(
-        &mut self,
-        attempt: &mut Option<Attempt>,
+    /// Polls an attempt of a call that wants nothing but its reply: how the call ends, or none if it is to be made again. Not to be
+    /// polled again then. If it is dropped before, it must be [given up](Self::give_up).
+    pub(crate) fn poll_attempt(
+        &self,
+        attempt: &mut Attempt,
         cx: &mut Context<'_>,
-    ) -> Poll<Result<Arc<Reply>, Error>> {
-        loop {
-            let trying = match &mut *attempt {
-                Some(trying) => trying,
-                none => none.insert(self.begin(self.started)?),
-            };
-            let tried = ready!(trying.poll(self, cx));
-            let outcome = self.outcome(tried, trying);
-            *attempt = None;
-            match outcome {
-                Some(result) => return Poll::Ready(result),
-                None => *attempt = Some(self.begin(Instant::now())?),
-            }
-        }
+    ) -> Poll<Option<Result<Arc<Reply>, Error>>> {
+        let tried = ready!(attempt.poll(self, cx));
+        Poll::Ready(self.outcome(tried, attempt))
     }
 
     /// A call that may attend to more than its reply.
@@ -106,7 +95,7 @@ impl Exchange<'_> {
     }
 
     /// Enters the call, and writes on the request what is known when it is sent.
-    fn begin(&mut self, now: Instant) -> Result<Attempt, Error> {
+    pub(crate) fn begin(&mut self, now: Instant) -> Result<Attempt, Error> {
         let number = self.number()?;
         let budget = self.remaining(now)?;
         // Entered before it is sent: a reply may be there before `send` resolves.
@@ -230,15 +219,14 @@ pub(crate) struct Attempt {
 impl Attempt {
     /// Sends the request at the first poll, and waits for the end; not to be polled again after it.
     fn poll(&mut self, exchange: &Exchange<'_>, cx: &mut Context<'_>) -> Poll<Try> {
-        if !mem::replace(&mut self.is_begun, true)
-            && let Err(error) = self.send(exchange)
-        {
-            return Poll::Ready(Try::SendFailed(error));
+        if !mem::replace(&mut self.is_begun, true) {
+            self.send(exchange);
         }
-        // A reply proves that the request was accepted: nothing more is waited for. And what has timed out is not sent.
+        // A reply proves that the request was accepted: nothing more is waited for.
         if let Poll::Ready(ended) = self.slot.poll_ended(cx) {
             return Poll::Ready(Try::Ended(ended));
         }
+        // After the end was asked for: what has timed out while it waited to be sent is not sent.
         if let Some(sending) = &mut self.sending
             && let Poll::Ready(sent) = sending.as_mut().poll(cx)
         {
@@ -250,18 +238,17 @@ impl Attempt {
         Poll::Pending
     }
 
-    fn send(&mut self, exchange: &Exchange<'_>) -> Result<(), Error> {
+    fn send(&mut self, exchange: &Exchange<'_>) {
         let ticket = self.slot.ticket();
-        let sent = exchange.client.transport().send_at_once(
+        let is_sent = exchange.client.transport().send_at_once(
             exchange.service,
             exchange.request,
             exchange.options.expect_responder,
             ticket,
         );
-        sent.unwrap_or_else(|| {
+        if !is_sent {
             self.sending = Some(exchange.send(ticket));
-            Ok(())
-        })
+        }
     }
 }
 

@@ -49,17 +49,19 @@ pub trait Transport: Debug + Send + Sync + 'static {
 
     /// The short cut of [`send`](Self::send) for a broker within this process: sends a request without waiting, and so without a future.
     ///
-    /// **Returns** what `send` would resolve to; none if that would have to wait, or after close: nothing has happened then, and
-    /// the request is to be sent. By default none, which costs nothing: over a network leave it so.
-    /// *Checked by* the same cases.
+    /// **Returns** true if the broker has accepted it: the [`Ticket`] is committed, as by `send`. False if not, for whatever
+    /// reason: nothing has happened then, the ticket least of all, and `send` is to send it or to say what is wrong.
+    /// **Called** within the poll of a call: it must not block. That its caller yields now and then is up to `send`.
+    /// **By default** false: over a network leave it so. A transport that wraps another one need not forward it.
+    /// *Checked by* the cases of `send`.
     fn send_at_once(
         &self,
         _service: &ServiceName,
         _request: &Arc<Request>,
         _expect_responder: bool,
         _ticket: &Ticket,
-    ) -> Option<Result<(), Error>> {
-        None
+    ) -> bool {
+        false
     }
 
     /// Sends a request to the inbox of every live server that has [joined](Inbox::join) the service. Nobody queues it: who comes

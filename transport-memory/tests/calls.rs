@@ -1,0 +1,109 @@
+//! A call as a future: what its polls send, and whom they let run.
+
+use std::future::{Future, IntoFuture};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use antiphon_core::{Client, ClientConfig, ErrorKind, Server, Transport};
+use antiphon_memory::{MemoryBroker, MemoryConfig};
+use bytes::Bytes;
+
+/// How long a loop of calls may take to let others run.
+const TURN: Duration = Duration::from_secs(20);
+
+async fn client(transport: &Arc<dyn Transport>) -> Client {
+    Client::open(Arc::clone(transport), ClientConfig::default())
+        .await
+        .unwrap()
+}
+
+fn server(transport: &Arc<dyn Transport>) -> Server {
+    Server::new(Arc::clone(transport)).handle_raw("s", |body: Bytes| async move { Ok(body) })
+}
+
+/// True if the poll panics.
+fn is_over<F: Future>(mut future: Pin<&mut F>) -> bool {
+    let mut context = Context::from_waker(Waker::noop());
+    let polled = AssertUnwindSafe(|| matches!(future.as_mut().poll(&mut context), Poll::Ready(_)));
+    catch_unwind(polled).is_err()
+}
+
+#[tokio::test]
+async fn a_call_that_has_ended_is_not_sent_again() {
+    let broker = MemoryBroker::new();
+    let transport: Arc<dyn Transport> = Arc::new(broker.connect());
+    let client = client(&transport).await;
+
+    let mut refused = pin!(client.call_raw("s", "").expect_responder().into_future());
+    let error = refused.as_mut().await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NoResponder);
+    let mut invalid = pin!(client.call_raw("no name", "").into_future());
+    let error = invalid.as_mut().await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Invalid);
+
+    let running = server(&transport).start().await.unwrap();
+    let mut answered = pin!(client.call_raw("s", "once").into_future());
+    assert_eq!(*answered.as_mut().await.unwrap().body, *b"once");
+    assert!(is_over(refused) && is_over(invalid) && is_over(answered));
+
+    // It comes after whatever was sent before it.
+    client.call_raw("s", "last").await.unwrap();
+    assert_eq!(running.stats().handled, 2);
+    running.shutdown().await.unwrap();
+}
+
+/// Runs it on a runtime of one thread; fails if it has not ended in time, and tells it to.
+fn ends_on_one_thread<F>(calls: impl FnOnce(Arc<AtomicBool>) -> F + Send + 'static)
+where
+    F: Future<Output = ()>,
+{
+    let (ended, end) = std::sync::mpsc::channel();
+    let stop = Arc::new(AtomicBool::new(false));
+    let calls = {
+        let stop = Arc::clone(&stop);
+        move || {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .unwrap();
+            runtime.block_on(calls(stop));
+            let _ = ended.send(());
+        }
+    };
+    let thread = std::thread::spawn(calls);
+    let in_time = end.recv_timeout(TURN).is_ok();
+    stop.store(true, Ordering::Relaxed);
+    thread.join().unwrap();
+    assert!(in_time, "others had no turn within {TURN:?}");
+}
+
+#[test]
+fn calls_that_nobody_serves_let_a_server_start() {
+    ends_on_one_thread(|stop| async move {
+        let transport: Arc<dyn Transport> = Arc::new(MemoryBroker::new().connect());
+        let client = client(&transport).await;
+        let starting = tokio::spawn(server(&transport).start());
+        while !stop.load(Ordering::Relaxed)
+            && client.call_raw("s", "").expect_responder().await.is_err()
+        {}
+        starting.abort();
+    });
+}
+
+#[test]
+fn calls_to_a_full_queue_let_a_server_empty_it() {
+    ends_on_one_thread(|stop| async move {
+        let mut config = MemoryConfig::new("calls-to-a-full-queue").unwrap();
+        config.max_queued = 1;
+        let transport: Arc<dyn Transport> = Arc::new(MemoryBroker::open(config).connect());
+        let client = client(&transport).await;
+        client.notify_raw("s", "").await.unwrap();
+        let starting = tokio::spawn(server(&transport).start());
+        while !stop.load(Ordering::Relaxed) && client.call_raw("s", "").await.is_err() {}
+        starting.abort();
+    });
+}

@@ -12,13 +12,13 @@ mod connection;
 pub use antiphon_core::Handler;
 pub use antiphon_core::transport;
 pub use antiphon_core::{
-    Answer, AskAll, Call, CallEvent, CallFuture, CallMany, CancellationToken, ChannelOptions,
-    Client, ClientConfig, ClientStats, Code, ConnectionState, ContentType, Context, CorrelationId,
-    Deadline, Engagement, Error, ErrorKind, Executed, Failure, Fault, Gathered, Headers, IntoNode,
-    IntoServiceName, KeptReply, Method, Node, NodeInfo, NodeStats, Notify, OutboxChange, OutboxKey,
-    OutboxStore, Outcome, Outputs, RawHandler, Reply, ReplyAddress, Request, Response,
-    RunningServer, Server, ServerStats, ServiceName, Signal, Signals, StoreWrite, TaskResult,
-    TaskResults, TaskSender, Ticket, Transport, WhenDisengaged, Workers,
+    About, Answer, AskAll, Call, CallEvent, CallFuture, CallMany, CancellationToken,
+    ChannelOptions, Client, ClientConfig, ClientStats, Code, ConnectionState, ContentType, Context,
+    CorrelationId, Deadline, Engagement, Error, ErrorKind, Executed, Failure, Fault, Gathered,
+    Headers, IntoNode, IntoServiceName, KeptReply, Method, Node, NodeInfo, NodeStats, Notify,
+    OutboxChange, OutboxKey, OutboxStore, Outcome, Outputs, RawHandler, Reply, ReplyAddress,
+    Request, Response, RunningServer, Server, ServerStats, ServiceName, Signal, Signals,
+    StoreWrite, TaskResult, TaskResults, TaskSender, Ticket, Transport, WhenDisengaged, Workers,
 };
 pub use connection::{Connection, connect};
 

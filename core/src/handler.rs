@@ -65,6 +65,8 @@ pub trait RawHandler<Args>: Send + Sync + 'static {
 }
 
 /// What a handler is told of its request besides the input: a [`Context`], or nothing, of which none is made then.
+///
+/// It is the bound of [`RawHandler::About`] and of that of a typed handler, for who names it. Only these two are of use.
 pub trait About: Send + 'static {
     /// Takes what it wants.
     fn from_context(context: impl FnOnce() -> Context) -> Self;

@@ -41,7 +41,7 @@ pub use fault::{Code, Fault};
 pub use gather::{Answer, AskAll, Gathered};
 #[cfg(feature = "json")]
 pub use handler::Handler;
-pub use handler::{Failure, RawHandler, Response};
+pub use handler::{About, Failure, RawHandler, Response};
 pub use many::{CallMany, Outputs};
 pub use name::{ContentType, IntoNode, Method, Node, ReplyAddress, ServiceName};
 pub use outbox_store::{KeptReply, OutboxChange, OutboxKey, OutboxStore, StoreWrite};

@@ -17,6 +17,9 @@ use uuid::Uuid;
 use crate::connection::Connection;
 use crate::{BATCH_MAX, closed, lock};
 
+/// An inbox that is empty keeps room for so many replies; that of a greater burst is given back.
+const ROOM_MAX: usize = 1024;
+
 /// The broker's half of an inbox, found by its address.
 pub(crate) struct Letters {
     connection: u64,
@@ -131,7 +134,11 @@ impl Letters {
             return Err(state.travelling.front().map(|(arrives, _)| *arrives));
         }
         let batch = state.arrived.len().min(BATCH_MAX);
-        Ok(InboxEvent::Replies(state.arrived.drain(..batch).collect()))
+        let replies = state.arrived.drain(..batch).collect();
+        if state.arrived.is_empty() && state.arrived.capacity() > ROOM_MAX {
+            state.arrived = VecDeque::new();
+        }
+        Ok(InboxEvent::Replies(replies))
     }
 }
 
@@ -225,4 +232,35 @@ fn new_address() -> ReplyAddress {
     let address = format!("memory.{}", Uuid::new_v4());
     // 43 bytes of printable ASCII are a valid address.
     ReplyAddress::new(&address).unwrap_or_else(|_| unreachable!("an address of ours is valid"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::task::Waker;
+
+    use antiphon_core::{CorrelationId, Reply};
+
+    use super::*;
+    use crate::MemoryBroker;
+
+    #[test]
+    fn the_room_of_a_burst_is_given_back() {
+        let transport = MemoryBroker::new().connect();
+        let connection = transport.connection();
+        let letters = connection.hub().open_inbox(connection.id());
+        let burst = 4 * ROOM_MAX;
+        for _ in 0..burst {
+            let reply = Arc::new(Reply::value(CorrelationId::random(), ""));
+            letters.push(Incoming::Reply(reply), None);
+        }
+        assert!(lock(&letters.state).arrived.capacity() >= burst);
+        let mut arrived = 0;
+        while let Ok(InboxEvent::Replies(replies)) =
+            letters.poll(connection, &Context::from_waker(Waker::noop()))
+        {
+            arrived += replies.len();
+        }
+        assert_eq!(arrived, burst);
+        assert!(lock(&letters.state).arrived.capacity() <= ROOM_MAX);
+    }
 }

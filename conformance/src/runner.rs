@@ -92,7 +92,8 @@ impl Suite {
         self.harness_for(label, &[""], start)
     }
 
-    /// Adds a harness for those cases only whose names begin with one of these, such as `"payload/"`.
+    /// Adds a harness for those cases only whose names begin with one of these, such as `"payload/"`. If one of them begins the name
+    /// of no case, all fails.
     #[must_use]
     pub fn harness_for<F, Fut>(mut self, label: &str, cases: &[&'static str], start: F) -> Self
     where
@@ -116,6 +117,10 @@ impl Suite {
         let mut arguments = Arguments::from_args();
         // Cases wait more than they work, so there are more of them at once than there are cores.
         arguments.test_threads.get_or_insert(CONCURRENCY);
+        if let Some(start) = self.begins_no_case() {
+            eprintln!("no case begins with {start:?}");
+            return ExitCode::FAILURE;
+        }
         let runtime = match Runtime::new() {
             Ok(runtime) => Arc::new(runtime),
             Err(error) => {
@@ -144,6 +149,18 @@ impl Suite {
         let _guard = runtime.enter();
         drop(self);
         conclusion.exit_code()
+    }
+
+    /// What was asked for and is not there: nothing would be run for it, and that would read as passed.
+    fn begins_no_case(&self) -> Option<&'static str> {
+        let mut starts = self.subjects.iter().flat_map(|subject| &subject.cases);
+        starts
+            .find(|start| {
+                !cases::table()
+                    .iter()
+                    .any(|case| case.name.starts_with(**start))
+            })
+            .copied()
     }
 }
 

@@ -6,7 +6,7 @@ use std::process::{Command, ExitCode};
 use std::sync::Arc;
 
 use antiphon_conformance::flawed::{Flaw, FlawedHarness};
-use antiphon_conformance::{Harness, Missing, Outcome, cases, report, run};
+use antiphon_conformance::{Harness, Missing, Outcome, Suite, cases, report};
 use antiphon_memory::MemoryHarness;
 use libtest_mimic::{Arguments, Failed, Trial};
 use tokio::runtime::Runtime;
@@ -14,14 +14,14 @@ use tokio::runtime::Runtime;
 /// How many trials run at once. Cases that fail mostly wait for what does not come.
 const CONCURRENCY: usize = 24;
 
-/// Set in a process that this one starts, which then is a test target without a broker.
+/// Set in a process that this one starts, which then is a test target without a broker: how the names of its cases begin.
 const WITHOUT_BROKER: &str = "ANTIPHON_SELF_CHECK_WITHOUT_BROKER";
 
 fn main() -> Result<ExitCode, Box<dyn Error>> {
-    if std::env::var_os(WITHOUT_BROKER).is_some() {
-        return Ok(run(|| async {
-            Err(Missing::new("no broker for the self-check"))
-        }));
+    if let Ok(cases) = std::env::var(WITHOUT_BROKER) {
+        let missing = || async { Err(Missing::new("no broker for the self-check")) };
+        let suite = Suite::new().harness_for("", &[cases.leak()], missing);
+        return Ok(suite.run());
     }
     let mut arguments = Arguments::from_args();
     arguments.test_threads.get_or_insert(CONCURRENCY);
@@ -33,6 +33,7 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
             "missing_broker_fails_where_it_is_required",
             missing_broker_fails_where_it_is_required,
         ),
+        Trial::test("no_such_case_fails", no_such_case_fails),
     ];
     for &flaw in Flaw::ALL {
         for &case in flaw.caught_by() {
@@ -64,7 +65,7 @@ fn every_case_has_a_flaw() -> Result<(), Failed> {
 
 /// Nothing that was not run may read as passed.
 fn missing_broker_is_ignored() -> Result<(), Failed> {
-    let (success, output) = run_without_broker("0")?;
+    let (success, output) = run_without_broker("", "0")?;
     let result = format!("0 passed; 0 failed; {} ignored", cases().len());
     if success
         && output.contains(&result)
@@ -76,7 +77,7 @@ fn missing_broker_is_ignored() -> Result<(), Failed> {
 }
 
 fn missing_broker_fails_where_it_is_required() -> Result<(), Failed> {
-    let (success, output) = run_without_broker("1")?;
+    let (success, output) = run_without_broker("", "1")?;
     let result = format!("0 passed; {} failed; 0 ignored", cases().len());
     if !success && output.contains(&result) {
         return Ok(());
@@ -84,11 +85,22 @@ fn missing_broker_fails_where_it_is_required() -> Result<(), Failed> {
     Err(format!("it does not fail:\n{output}").into())
 }
 
+/// A misspelt group would pass for ever.
+fn no_such_case_fails() -> Result<(), Failed> {
+    for (cases, succeeds) in [("payload/", true), ("paylaod/", false)] {
+        let (success, output) = run_without_broker(cases, "0")?;
+        if success != succeeds {
+            return Err(format!("{cases:?}: {success}:\n{output}").into());
+        }
+    }
+    Ok(())
+}
+
 /// This very program as a test target without a broker: whether it succeeded, and what it said.
-fn run_without_broker(required: &str) -> Result<(bool, String), Failed> {
+fn run_without_broker(cases: &str, required: &str) -> Result<(bool, String), Failed> {
     let program = std::env::current_exe()?;
     let output = Command::new(program)
-        .env(WITHOUT_BROKER, "1")
+        .env(WITHOUT_BROKER, cases)
         .env("ANTIPHON_REQUIRE_BROKERS", required)
         .output()?;
     Ok((

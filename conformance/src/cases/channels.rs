@@ -5,8 +5,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use antiphon_core::{Client, Context, Fault, Server, ServiceName, TaskResults};
+use antiphon_core::{
+    Client, ContentType, Context, Fault, Headers, Response, Server, ServiceName, TaskResults,
+};
 use bytes::Bytes;
+use futures_util::StreamExt;
 use tokio::sync::mpsc;
 use tokio::time::sleep;
 
@@ -47,15 +50,44 @@ async fn drain(step: &str, results: &mut TaskResults<u32>) -> Verdict<Vec<u32>> 
 
 async fn results_come_with_their_metadata(bench: Bench) -> Verdict {
     let service = bench.service("tasks")?;
-    let _one = start(bench.server().await?.handle_raw(&service, echo)).await?;
-    let _two = start(bench.server().await?.handle_raw(&service, echo)).await?;
+    let described = |body: Bytes| async move {
+        let mut headers = Headers::new();
+        headers
+            .insert("task", &String::from_utf8_lossy(&body))
+            .map_err(|error| Fault::new(antiphon_core::Code::Internal, error.message()))?;
+        Ok(Response {
+            body,
+            content_type: ContentType::new("text/plain").ok(),
+            headers,
+        })
+    };
+    let _one = start(bench.server().await?.handle_raw(&service, described)).await?;
+    let _two = start(bench.server().await?.handle_raw(&service, described)).await?;
     let client = bench.client().await?;
     let (sender, mut results) = ok("open a channel", client.channel(&service).open()).await?;
     for task in 0..200_u32 {
         ok("send a task", sender.send_raw(task.to_string(), task)).await?;
     }
     sender.close();
-    let found = drain("the results", &mut results).await?;
+    let mut found = Vec::new();
+    // As the stream that it is; elsewhere by its own `next`.
+    while let Some(result) = within("a result", 2 * PROMPT, StreamExt::next(&mut results)).await? {
+        let task = *result.metadata();
+        let reply = ok("a reply", async { result.reply().map_err(Clone::clone) }).await?;
+        body_is("a reply", &reply.body, task.to_string())?;
+        let said = (
+            reply.headers.find("task").map(str::to_owned),
+            reply.content_type.as_ref().map(ContentType::as_str),
+        );
+        same(
+            "what is said of a reply",
+            said,
+            (Some(task.to_string()), Some("text/plain")),
+        )?;
+        found.push(task);
+        result.ack();
+    }
+    found.sort_unstable();
     same("the results", found, (0..200).collect())
 }
 

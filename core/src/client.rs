@@ -137,7 +137,7 @@ impl Client {
     /// Asks every live server of a service, with a JSON body, and reads their replies as JSON.
     ///
     /// Nothing happens until the returned [`AskAll`] is awaited. Those that serve a request at the time are asked, whatever they
-    /// are busy with; nothing is queued.
+    /// are busy with; nothing is queued. Its errors are told [there](AskAll#errors).
     #[cfg(feature = "json")]
     pub fn ask_all<Out>(
         &self,

@@ -93,7 +93,8 @@ impl fmt::Debug for CorrelationId {
 /// the request to have waited.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Deadline {
-    /// The sender's wall clock at the end, to the precision of the transport (RabbitMQ: seconds).
+    /// The sender's wall clock at the end, to the precision of the transport (RabbitMQ: seconds). Up to 100 ms early, since a client
+    /// does not read its clock for each call: for people who read messages. Judge by the budget.
     pub at: SystemTime,
     /// What was left when it was sent.
     pub budget: Duration,

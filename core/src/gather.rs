@@ -23,6 +23,13 @@ use crate::signal::Signal;
 ///
 /// Dropping it, or its future, gives it up, as a call: the [cancellation](crate::Context::cancellation) of the handlers that run
 /// for it fires. So does that of those who have not answered when enough have.
+///
+/// # Errors
+/// A server's fault is its [`Answer`], and one that says nothing in time is [silent](Gathered::silent). As a whole it ends as
+/// - `DeadlineExceeded` only if the broker has not accepted it in time, such as without a connection;
+/// - `ConnectionLost`, executed `Maybe`, if the inbox is lost while answers are awaited: some may have gone there;
+/// - `Closed` when its client's connection is closed;
+/// - `Invalid` for what cannot be sent, before any I/O; others as of [`Transport::broadcast`](crate::Transport::broadcast).
 #[must_use = "nobody is asked before it is awaited"]
 #[derive(Debug)]
 pub struct AskAll<Out> {

@@ -27,7 +27,7 @@ use crate::server::{Counters, Outbox, Running, count};
 use crate::signal::{Signal, Signals};
 use crate::transport::{Delivery, Outbound};
 
-/// After so long, what was delivered together is served by tasks, so that timers and others get their turn.
+/// After so long, what was delivered together is served by tasks, and others are to have their turn: timers too.
 const IN_PLACE_MAX: Duration = Duration::from_micros(200);
 
 type Serving = Pin<Box<dyn Future<Output = ()> + Send>>;
@@ -62,18 +62,22 @@ impl Service {
     /// Serves deliveries, each in a task of its own; those of `own` are among `all`.
     ///
     /// On a runtime of one thread those that end at their first poll, as most do whose handlers wait for nothing, cost no
-    /// task. There they hold up nobody who could have run beside them; on several threads they might. False if they took
-    /// so long that others should have their turn before the next ones.
+    /// task. There they hold up nobody who could have run beside them; on several threads they might.
+    ///
+    /// `turn` is since when the caller has kept its thread to itself; set if it is none. False if that is so long that others should
+    /// have their turn before the next deliveries: many short handlers take as long as one long one.
     #[must_use]
     pub(crate) fn start(
         self: &Arc<Self>,
         deliveries: Vec<Delivery>,
         all: &TaskTracker,
         own: Option<&TaskTracker>,
+        turn: &mut Option<Instant>,
     ) -> bool {
         let in_place = Handle::current().runtime_flavor() == RuntimeFlavor::CurrentThread;
         let mut now = Instant::now();
         let until = now + IN_PLACE_MAX;
+        let turn_ends = *turn.get_or_insert(now) + IN_PLACE_MAX;
         for delivery in deliveries {
             // Boxed, since a task moves its future about.
             let serving: Serving = if !in_place || now >= until {
@@ -97,7 +101,7 @@ impl Service {
                 Some(own) => all.spawn(own.track_future(serving)),
             };
         }
-        !in_place || now < until
+        !in_place || now < turn_ends
     }
 
     /// Takes one delivery to its end.

@@ -69,6 +69,41 @@ async fn who_waits_has_a_turn_between_requests_that_take_long() {
     server.shutdown().await.unwrap();
 }
 
+#[tokio::test]
+async fn who_waits_has_a_turn_between_many_requests_that_take_little() {
+    const REQUESTS: u64 = 2_000;
+    /// The first 200 µs, and what may have been received with the last of them.
+    const A_TURN: u64 = 50 + 15;
+    let (client, server) = serve(|server| {
+        server.handle_raw("s", |body: bytes::Bytes| async move {
+            let begun = std::time::Instant::now();
+            while begun.elapsed() < Duration::from_micros(4) {
+                std::hint::spin_loop();
+            }
+            Ok(body)
+        })
+    })
+    .await;
+    // They are all there before the server has its first one.
+    tokio::task::unconstrained(async {
+        for _ in 0..REQUESTS {
+            client.notify_raw("s", "").await.unwrap();
+        }
+    })
+    .await;
+    assert_eq!(server.stats().handled, 0);
+    let mut turns = 0;
+    while server.stats().handled < REQUESTS {
+        tokio::task::yield_now().await;
+        turns += 1;
+    }
+    assert!(
+        turns >= REQUESTS / A_TURN,
+        "{turns} turns between {REQUESTS} requests"
+    );
+    server.shutdown().await.unwrap();
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_panic_costs_only_its_own_call() {
     let (client, server) = serve(|server| {

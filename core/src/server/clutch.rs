@@ -44,14 +44,14 @@ pub enum WhenDisengaged {
 }
 
 /// The services that a standby had and lost, and why. It waits for them.
-pub(crate) type Lost = watch::Sender<BTreeMap<ServiceName, Arc<str>>>;
+pub(crate) type LostServices = watch::Sender<BTreeMap<ServiceName, Arc<str>>>;
 
 /// Follows the connection for a server, until `stop` or until its policy says that it is over.
 pub(crate) struct Clutch {
     pub(crate) transport: Arc<dyn Transport>,
     pub(crate) policy: WhenDisengaged,
     pub(crate) engagement: watch::Sender<Engagement>,
-    pub(crate) lost: Lost,
+    pub(crate) lost: LostServices,
 }
 
 impl Clutch {

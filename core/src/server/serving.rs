@@ -1,10 +1,13 @@
 //! One service that is served.
 
+use std::future::poll_fn;
+
 use tokio::task::yield_now;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::clutch::Lost;
+use super::clutch::LostServices;
 use super::desk::{HandOver, Owned, Served};
 use super::ownership::Owner;
 use super::running_server::DROP_TIMEOUT;
@@ -24,7 +27,7 @@ pub(super) struct Serving {
     /// By which it may be asked to hand over.
     pub(super) hand_over: HandOver,
     /// Where it says that it stands by again.
-    pub(super) lost: Lost,
+    pub(super) lost: LostServices,
 }
 
 impl Serving {
@@ -32,20 +35,25 @@ impl Serving {
     pub(super) async fn run(mut self) -> Option<Error> {
         let owned = self.served.owned.clone();
         let _free_at_the_end = FreeOnDrop(owned.clone());
+        let mut turn = None;
         loop {
             let event = tokio::select! {
                 biased;
                 () = self.stop.cancelled() => break,
                 () = self.hand_over.asked.cancelled() => return Some(self.hand_over().await),
-                event = self.subscription.recv() => event,
+                event = recv(&mut *self.subscription, &mut turn) => event,
             };
             match event {
                 SubscriptionEvent::Deliveries(deliveries) => {
                     let own = self.is_alone().then_some(&self.served.own);
-                    let in_time = self.served.service.start(deliveries, &self.all, own);
+                    let in_time = self
+                        .served
+                        .service
+                        .start(deliveries, &self.all, own, &mut turn);
                     if !in_time {
                         // There may be more at once, and then others would wait for all of it.
                         yield_now().await;
+                        turn = None;
                     }
                 }
                 SubscriptionEvent::Closed(error) => {
@@ -97,6 +105,22 @@ impl Serving {
         }
         Error::not_executed(ErrorKind::AlreadyOwned, "a newcomer took the service over")
     }
+}
+
+/// Receives. If it has to wait, others run meanwhile, and the turn ends.
+async fn recv(
+    subscription: &mut dyn Subscription,
+    turn: &mut Option<Instant>,
+) -> SubscriptionEvent {
+    let mut receiving = subscription.recv();
+    poll_fn(|cx| {
+        let received = receiving.as_mut().poll(cx);
+        if received.is_pending() {
+            *turn = None;
+        }
+        received
+    })
+    .await
 }
 
 /// Whoever asked for the service learns that it is free, however it ends.

@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::clutch::{Clutch, Lost};
+use super::clutch::{Clutch, LostServices};
 use super::desk::{self, Desk, Owned, Served};
 use super::ownership::Owner;
 use super::serving::Serving;
@@ -79,7 +79,7 @@ impl Starting {
         let counters = Arc::new(Counters::default());
         let running = Arc::new(Running::default());
         let (engagement, shown) = watch::channel(Engagement::Engaged);
-        let lost = Lost::default();
+        let lost = LostServices::default();
         let (handlers_running, mut loops) = (TaskTracker::new(), JoinSet::new());
         let mut desk = Desk {
             transport: Arc::clone(&transport),

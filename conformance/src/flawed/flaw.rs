@@ -44,9 +44,9 @@ flaws! {
     /// The method is lost.
     LosesMethods => ["round_trip/methods", "faults/unknown_method_is_refused"],
     /// Headers are lost.
-    LosesHeaders => ["round_trip/headers_both_ways"],
+    LosesHeaders => ["round_trip/headers_both_ways", "channels/results_come_with_their_metadata"],
     /// The content type is lost.
-    LosesContentTypes => ["round_trip/content_type_both_ways"],
+    LosesContentTypes => ["round_trip/content_type_both_ways", "channels/results_come_with_their_metadata"],
     /// Ids are folded to lower case, and so take the place of others.
     FoldsIds => ["round_trip/foreign_correlation_id_is_echoed", "correlation/foreign_reply_resolves_nothing"],
     /// Requests go to the service that was subscribed to last.
@@ -252,6 +252,7 @@ flaws! {
         "cancel/cancelled_while_running",
         "drain/asked_before_is_answered",
         "drain/given_up_meanwhile_is_told",
+        "reconnect/gathering_is_whole_or_lost",
     ],
     /// That requests were given up is told to nobody.
     LosesGivingUp => [
@@ -267,7 +268,7 @@ flaws! {
     /// After a cut, what is broadcast does not arrive any more.
     ForgetsJoins => ["nodes/asked_after_a_cut"],
     /// Replies lose the name of who sent them.
-    LosesReplyNodes => ["nodes/all_answer", "nodes/faults_are_answers"],
+    LosesReplyNodes => ["nodes/all_answer", "nodes/faults_are_answers", "reconnect/gathering_is_whole_or_lost"],
     /// Signals do not arrive.
     LosesSignals => [
         "nodes/silent_node_is_named",

@@ -157,16 +157,6 @@ impl AmqpConfig {
         Ok(())
     }
 
-    /// # Errors
-    /// `Invalid` if the files that it names cannot be read, or are not what they should be.
-    pub(crate) fn check_files(&self) -> Result<(), Error> {
-        #[cfg(feature = "rustls")]
-        if self.is_secure() {
-            crate::tls::connector(self)?;
-        }
-        Ok(())
-    }
-
     /// True over TLS.
     pub(crate) fn is_secure(&self) -> bool {
         self.uri.scheme == AMQPScheme::AMQPS
@@ -180,12 +170,6 @@ impl AmqpConfig {
         uri.query.heartbeat = Some(u16::try_from(seconds).unwrap_or(u16::MAX));
         uri.query.frame_max = Some(self.frame_max.max(4096));
         uri
-    }
-
-    /// Whom TLS expects at the other end.
-    #[cfg(feature = "rustls")]
-    pub(crate) fn host(&self) -> &str {
-        &self.uri.authority.host
     }
 
     /// The host and port, for people.

@@ -6,15 +6,26 @@
 use std::io;
 use std::net::{Shutdown, TcpStream};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
 
+use antiphon_core::Error;
+use futures_io::{AsyncRead, AsyncWrite};
 use lapin::tcp::{AMQPUriTcpExt, AsyncTcpStream};
+use lapin::uri::AMQPUri;
 use lapin::{Connection, ConnectionProperties, runtime};
-use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::AmqpConfig;
 use crate::error::Failure;
+#[cfg(feature = "rustls")]
+use crate::tls::Tls;
+
+/// Where the broker is, and whom to trust there.
+#[derive(Clone)]
+pub(crate) struct Dialler {
+    uri: AMQPUri,
+    #[cfg(feature = "rustls")]
+    tls: Option<Tls>,
+}
 
 /// A hold on a connection's socket.
 #[derive(Clone, Debug, Default)]
@@ -26,29 +37,52 @@ pub(crate) struct Grip {
 /// Cuts the connection unless it is told otherwise.
 struct CutOnDrop(Option<Grip>);
 
-/// Connects within `limit`. **Cancel safety**: dropping the future ends whatever was begun.
-pub(crate) async fn dial(
-    config: &AmqpConfig,
-    name: &str,
-    limit: Duration,
-) -> Result<(Connection, Grip), Failure> {
+impl Dialler {
+    /// Reads and checks the files for TLS, which may take any time.
+    ///
+    /// # Errors
+    /// `Invalid` if they are of no use; `Connect` if there are none, and the platform trusts nobody.
+    pub(crate) async fn new(config: &AmqpConfig) -> Result<Self, Error> {
+        Ok(Self {
+            uri: config.uri(),
+            #[cfg(feature = "rustls")]
+            tls: Tls::read(config).await?,
+        })
+    }
+
+    /// The address, with all settings in it but TLS.
+    pub(crate) fn uri(&self) -> &AMQPUri {
+        &self.uri
+    }
+
+    /// Puts TLS around the stream, if the address asks for that.
+    pub(crate) async fn secure<S>(&self, stream: AsyncTcpStream<S>) -> io::Result<AsyncTcpStream<S>>
+    where
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        #[cfg(feature = "rustls")]
+        if let Some(tls) = &self.tls {
+            return tls.wrap(&self.uri.authority.host, stream).await;
+        }
+        Ok(stream)
+    }
+}
+
+/// Connects. **Cancel safety**: dropping the future ends whatever was begun.
+pub(crate) async fn dial(dialler: &Dialler, name: &str) -> Result<(Connection, Grip), Failure> {
     let properties =
         ConnectionProperties::default().with_connection_name(format!("antiphon {name}").into());
     let grip = Grip::default();
     let mut unless_connected = CutOnDrop(Some(grip.clone()));
     let connector = grip.clone();
-    let uri = config.uri();
-    #[cfg(feature = "rustls")]
-    let config = config.clone();
+    let dialler = dialler.clone();
     let connect = Connection::connector(
-        uri,
+        dialler.uri.clone(),
         runtime::default_runtime()?,
         async move |uri, runtime| {
             let dial = async {
                 let stream = uri.connect_async(&runtime).await?;
-                #[cfg(feature = "rustls")]
-                let stream = crate::tls::wrap(&config, stream).await?;
-                Ok::<_, io::Error>(stream)
+                dialler.secure(stream).await
             };
             let dialled = connector.let_go.run_until_cancelled(dial).await;
             let stream = dialled
@@ -67,14 +101,9 @@ pub(crate) async fn dial(
         },
         properties,
     );
-    match timeout(limit, connect).await {
-        Ok(connection) => {
-            let connection = connection?;
-            unless_connected.0 = None;
-            Ok((connection, grip))
-        }
-        Err(_) => Err(Failure::TimedOut("connecting")),
-    }
+    let connection = connect.await?;
+    unless_connected.0 = None;
+    Ok((connection, grip))
 }
 
 impl Grip {

@@ -13,6 +13,7 @@ use lapin::types::ShortString;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{AmqpConfig, QueueType};
+use crate::dial::Dialler;
 use crate::error::{NOT_FOUND, RESOURCE_LOCKED};
 use crate::naming::QueueNames;
 use crate::topology;
@@ -64,7 +65,8 @@ impl AmqpHarness {
         let config = self.config(self.broker.url()).map_err(HookError::failed)?;
         let closed = CancellationToken::new();
         let _closing = closed.clone().drop_guard();
-        let (link, keep) = crate::link::Link::connect(&config, "conformance", closed)
+        let dialler = Dialler::new(&config).await.map_err(HookError::failed)?;
+        let (link, keep) = crate::link::Link::connect(&config, &dialler, "conformance", closed)
             .await
             .map_err(HookError::failed)?;
         tokio::spawn(keep);

@@ -6,6 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use antiphon_core::Error;
 use futures_util::future::BoxFuture;
 use futures_util::{FutureExt, StreamExt};
 use lapin::options::QueueDeclareOptions;
@@ -17,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::config::AmqpConfig;
-use crate::dial::{Grip, dial};
+use crate::dial::{Dialler, Grip, dial};
 use crate::error::Failure;
 use crate::press::{Press, PressChannel};
 use crate::pulse::Pulse;
@@ -59,11 +60,10 @@ pub(crate) type Blocked = watch::Sender<Option<Arc<str>>>;
 
 /// One life of a connection, from its handshake to its loss.
 pub(crate) trait Life: Send + Sync + Sized + 'static {
-    /// Connects within `limit`. **Cancel safety**: dropping the future ends whatever was begun.
+    /// Connects. **Cancel safety**: dropping the future ends whatever was begun.
     fn begin(
-        config: &AmqpConfig,
+        dialler: &Dialler,
         name: &'static str,
-        limit: Duration,
         number: u64,
         blocked: Blocked,
     ) -> impl Future<Output = Result<Self, Failure>> + Send;
@@ -105,15 +105,15 @@ impl std::fmt::Debug for Held {
 }
 
 impl<S: Life> Link<S> {
-    /// Connects, once, and stays connected until `closed` is cancelled.
+    /// Connects, once, and stays connected until `closed` is cancelled: by the files as they are each time, as certificates are renewed.
     pub(crate) async fn connect(
         config: &AmqpConfig,
+        dialler: &Dialler,
         name: &'static str,
         closed: CancellationToken,
     ) -> Result<(Self, impl Future<Output = ()> + Send + use<S>), Failure> {
         let (blocked, blocked_receiver) = watch::channel(None);
-        let limit = config.connect_timeout;
-        let session = Arc::new(S::begin(config, name, limit, 1, blocked.clone()).await?);
+        let session = Arc::new(S::begin(dialler, name, 1, blocked.clone()).await?);
         let (state, receiver) = watch::channel(LinkState::Up(Arc::clone(&session)));
         let supervisor = Supervisor {
             config: config.clone(),
@@ -181,20 +181,19 @@ impl<S> Clone for LinkState<S> {
 
 impl Life for Session {
     async fn begin(
-        config: &AmqpConfig,
+        dialler: &Dialler,
         name: &'static str,
-        limit: Duration,
         number: u64,
         blocked: Blocked,
     ) -> Result<Self, Failure> {
-        let (connection, grip) = dial(config, name, limit).await?;
-        let heartbeat = match connection.configuration().heartbeat() {
-            0 => config.heartbeat,
-            agreed => Duration::from_secs(agreed.into()),
+        let (connection, grip) = dial(dialler, name).await?;
+        let agreed = match connection.configuration().heartbeat() {
+            0 => dialler.uri().query.heartbeat.unwrap_or_default(),
+            agreed => agreed,
         };
         Ok(Self {
             number,
-            pulse: Pulse::new(heartbeat),
+            pulse: Pulse::new(Duration::from_secs(agreed.into())),
             name,
             connection: Held(connection),
             grip,
@@ -372,16 +371,47 @@ impl<S: Life> Supervisor<S> {
     async fn reconnect(&self, number: u64) -> S {
         let limit = RECONNECT_TIMEOUT.min(self.config.connect_timeout);
         let mut attempt = 0;
+        // Outlives its try: a file that does not end is read once, not once more each time.
+        let mut reading = None;
         loop {
-            let blocked = self.blocked.clone();
-            match S::begin(&self.config, self.name, limit, number, blocked).await {
-                Ok(begun) => return begun,
-                Err(failure) => {
-                    tracing::debug!(connection = self.name, %failure, attempt, "not yet connected")
-                }
-            }
+            let begun = timeout(limit, self.begin(&mut reading, number)).await;
+            let failure = match begun {
+                Ok(Ok(begun)) => return begun,
+                Ok(Err(failure)) => failure,
+                Err(_) if reading.is_some() => Failure::TimedOut("reading the files for TLS"),
+                Err(_) => Failure::TimedOut("connecting"),
+            };
+            self.still_down(&failure, attempt);
             sleep(backoff(attempt)).await;
             attempt = attempt.saturating_add(1);
+        }
+    }
+
+    async fn begin<'a>(
+        &'a self,
+        reading: &mut Option<BoxFuture<'a, Result<Dialler, Error>>>,
+        number: u64,
+    ) -> Result<S, Failure> {
+        let read = reading.get_or_insert_with(|| Dialler::new(&self.config).boxed());
+        let dialler = read.await;
+        *reading = None;
+        let dialler = dialler.map_err(Failure::Final)?;
+        S::begin(&dialler, self.name, number, self.blocked.clone()).await
+    }
+
+    /// Tells why, whenever that is another reason than before.
+    fn still_down(&self, failure: &Failure, attempt: u32) {
+        let reason: Arc<str> = failure.to_string().into();
+        let is_news = self.state.send_if_modified(|state| match state {
+            LinkState::Down(known) if *known == reason => false,
+            _ => {
+                *state = LinkState::Down(Arc::clone(&reason));
+                true
+            }
+        });
+        match is_news {
+            true => tracing::warn!(connection = self.name, %reason, "not connected"),
+            false => tracing::debug!(connection = self.name, %reason, attempt, "not connected"),
         }
     }
 }

@@ -258,6 +258,7 @@ mod tests {
 
     use super::*;
     use crate::config::AmqpConfig;
+    use crate::dial::Dialler;
     use crate::error::Failure;
     use crate::link::Life;
     use crate::press::Press;
@@ -365,7 +366,8 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let config = AmqpConfig::from_url(&format!("amqp://{address}")).unwrap();
-        let press = Press::begin(&config, "publish", LIMIT, 1, watch::Sender::new(None));
+        let dialler = Dialler::new(&config).await.unwrap();
+        let press = Press::begin(&dialler, "publish", 1, watch::Sender::new(None));
         timeout(LIMIT, async { tokio::join!(press, play(listener)) })
             .await
             .expect("a handshake")

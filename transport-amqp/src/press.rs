@@ -20,7 +20,7 @@ use tokio::sync::{oneshot, watch};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::AmqpConfig;
+use crate::dial::Dialler;
 use crate::error::Failure;
 use crate::handshake::{refusal, shake_hands};
 use crate::link::{Blocked, Life, bounded};
@@ -72,26 +72,19 @@ pub(crate) struct PressChannel {
 
 impl Life for Press {
     async fn begin(
-        config: &AmqpConfig,
+        dialler: &Dialler,
         name: &'static str,
-        limit: Duration,
         number: u64,
         blocked: Blocked,
     ) -> Result<Self, Failure> {
-        let begun = async {
-            let uri = config.uri();
-            let runtime = runtime::default_runtime()?;
-            let lost = |error: std::io::Error| Failure::Lost(error.to_string());
-            let stream = uri.connect_async(&runtime).await.map_err(lost)?;
-            #[cfg(feature = "rustls")]
-            let stream = crate::tls::wrap(config, stream).await.map_err(lost)?;
-            let mut socket = Socket::new(stream);
-            let tuned = shake_hands(&mut socket, &uri, name).await?;
-            socket.tune(tuned.frame_max);
-            Ok::<_, Failure>((socket, tuned))
-        };
-        let begun = timeout(limit, begun).await;
-        let (socket, tuned) = begun.map_err(|_| Failure::TimedOut("connecting"))??;
+        let uri = dialler.uri();
+        let runtime = runtime::default_runtime()?;
+        let lost = |error: std::io::Error| Failure::Lost(error.to_string());
+        let stream = uri.connect_async(&runtime).await.map_err(lost)?;
+        let stream = dialler.secure(stream).await.map_err(lost)?;
+        let mut socket = Socket::new(stream);
+        let tuned = shake_hands(&mut socket, uri, name).await?;
+        socket.tune(tuned.frame_max);
         let shared = Arc::new(Shared::new(tuned.frame_max, tuned.channel_max));
         let (ended, over) = watch::channel(None);
         let receiver = blocked.subscribe();

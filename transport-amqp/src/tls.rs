@@ -1,62 +1,120 @@
 //! TLS: whom to trust, and who we are.
 
+use std::fmt;
 use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::thread;
 
-use antiphon_core::Error;
+use antiphon_core::{Error, ErrorKind};
 use futures_io::{AsyncRead, AsyncWrite};
 use lapin::tcp::{AsyncTcpStream, RustlsConnector, RustlsConnectorConfig};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use tokio::sync::oneshot;
 
 use crate::config::{AmqpConfig, invalid};
 
-/// Puts TLS around the stream, if the address asks for that.
-///
-/// # Errors
-/// The peer does not speak TLS, or is not who it should be; the files that the configuration names are of no use any more.
-pub(crate) async fn wrap<S>(
-    config: &AmqpConfig,
-    stream: AsyncTcpStream<S>,
-) -> io::Result<AsyncTcpStream<S>>
-where
-    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
-{
-    if !config.is_secure() {
-        return Ok(stream);
+/// What is in the files that the configuration names, or else what the platform trusts.
+#[derive(Clone)]
+pub(crate) struct Tls(Arc<RustlsConnector>);
+
+impl Tls {
+    /// Reads and checks the files; `None` if the address asks for no TLS.
+    ///
+    /// # Errors
+    /// `Invalid` if one cannot be read, or is not what it should be; `Connect` if none says whom to trust, and the platform trusts nobody.
+    pub(crate) async fn read(config: &AmqpConfig) -> Result<Option<Self>, Error> {
+        if !config.is_secure() {
+            return Ok(None);
+        }
+        let config = config.clone();
+        let (told, read) = oneshot::channel();
+        // A file may be on a mount whose server is gone. A thread of its own, as the runtime would wait for one of its pool when it ends.
+        let reader = thread::Builder::new().name("antiphon-tls".to_owned());
+        let started = reader.spawn(move || told.send(connector(&config)));
+        started.map_err(|error| connect(format!("no thread to read files: {error}")))?;
+        let connector = read.await;
+        let connector = connector.map_err(|_| connect("the files were not read"))??;
+        Ok(Some(Self(Arc::new(connector))))
     }
-    let connector = connector(config).map_err(io::Error::other)?;
-    let wrapped = stream.into_rustls(&connector, config.host()).await;
-    wrapped.map_err(|error| io::Error::new(error.kind(), format!("TLS: {error}")))
+
+    /// Puts TLS around the stream.
+    ///
+    /// # Errors
+    /// The peer does not speak TLS, or is not who it should be.
+    pub(crate) async fn wrap<S>(
+        &self,
+        host: &str,
+        stream: AsyncTcpStream<S>,
+    ) -> io::Result<AsyncTcpStream<S>>
+    where
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        let wrapped = stream.into_rustls(&self.0, host).await;
+        wrapped.map_err(|error| io::Error::new(error.kind(), format!("TLS: {error}")))
+    }
 }
 
-/// Makes connections secure, by the files that the configuration names. They are read and checked here.
-pub(crate) fn connector(config: &AmqpConfig) -> Result<RustlsConnector, Error> {
-    let read = |name: &str, file: &Option<_>| {
-        let read = file.as_ref().map(std::fs::read).transpose();
-        read.map_err(|error| invalid(format!("the {name} cannot be read: {error}")))
-    };
-    let trusted = match read("ca_file", &config.ca_file)? {
-        Some(pem) => RustlsConnectorConfig::default()
-            .with_parsable_certificates(certificates("ca_file", &pem)?),
+impl fmt::Debug for Tls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Tls")
+    }
+}
+
+fn connector(config: &AmqpConfig) -> Result<RustlsConnector, Error> {
+    let trusted = match &config.ca_file {
+        Some(file) => RustlsConnectorConfig::default()
+            .with_parsable_certificates(certificates("ca_file", file)?),
         None => RustlsConnectorConfig::new_with_platform_verifier(),
     };
-    let certificate = read("certificate_file", &config.certificate_file)?;
-    let connector = match certificate.zip(read("key_file", &config.key_file)?) {
-        Some((certificate, key)) => {
-            let chain = certificates("certificate_file", &certificate)?;
-            let key = PrivateKeyDer::from_pem_slice(&key)
-                .map_err(|error| invalid(format!("no key in the key_file: {error}")))?;
-            trusted.connector_with_single_cert(chain, key)
-        }
-        None => trusted.connector_with_no_client_auth(),
+    let untrusting = |error: io::Error| match &config.ca_file {
+        Some(file) => invalid(format!("the ca_file {}: {error}", file.display())),
+        None => connect(format!("whom the platform trusts is not known: {error}")),
     };
-    connector.map_err(|error| invalid(format!("ca_file, certificate_file and key_file: {error}")))
+    let Some((certificate, key)) = config
+        .certificate_file
+        .as_ref()
+        .zip(config.key_file.as_ref())
+    else {
+        return trusted.connector_with_no_client_auth().map_err(untrusting);
+    };
+    let chain = certificates("certificate_file", certificate)?;
+    let named = key.display();
+    let key = PrivateKeyDer::from_pem_slice(&contents("key_file", key)?)
+        .map_err(|error| invalid(format!("no key in the key_file {named}: {error}")))?;
+    let connector = trusted.clone().connector_with_single_cert(chain, key);
+    // Both of it come as one error.
+    connector.map_err(|error| match trusted.connector_with_no_client_auth() {
+        Err(error) => untrusting(error),
+        Ok(_) => {
+            let certificate = certificate.display();
+            invalid(format!(
+                "the certificate_file {certificate} and the key_file {named}: {error}"
+            ))
+        }
+    })
 }
 
-fn certificates(name: &str, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error> {
-    let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
+fn certificates(name: &str, file: &Path) -> Result<Vec<CertificateDer<'static>>, Error> {
+    let pem = contents(name, file)?;
+    let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
     match found {
         Ok(found) if !found.is_empty() => Ok(found),
-        _ => Err(invalid(format!("the {name} has no certificates in PEM"))),
+        _ => Err(invalid(format!(
+            "the {name} {} has no certificates in PEM",
+            file.display()
+        ))),
     }
+}
+
+fn contents(name: &str, file: &Path) -> Result<Vec<u8>, Error> {
+    std::fs::read(file).map_err(|error| {
+        let file = file.display();
+        invalid(format!("the {name} {file} cannot be read: {error}"))
+    })
+}
+
+fn connect(message: impl Into<String>) -> Error {
+    Error::not_executed(ErrorKind::Connect, message)
 }

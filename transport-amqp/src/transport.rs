@@ -20,7 +20,8 @@ use tokio_util::task::TaskTracker;
 use crate::broadcast::broadcast;
 use crate::config::AmqpConfig;
 use crate::courier::{Courier, Route};
-use crate::error::closed;
+use crate::dial::Dialler;
+use crate::error::{Failure, closed};
 use crate::inbox::AmqpInbox;
 use crate::intake::{Intake, Plan};
 use crate::link::{Link, Session};
@@ -69,18 +70,22 @@ impl AmqpTransport {
     ///
     /// # Errors
     /// `Invalid` if the fields of the config contradict each other, or its files are of no use; `Connect` if the broker is not there, refuses the user, or does not answer within
-    /// [`AmqpConfig::connect_timeout`].
+    /// [`AmqpConfig::connect_timeout`], in which the files are read too, and if the platform trusts nobody and no `ca_file` says whom to trust.
     pub async fn connect(config: AmqpConfig) -> Result<Self, Error> {
         config.check()?;
-        config.check_files()?;
         let shutdown = Shutdown::default();
         let closed = &shutdown.links;
-        let connected = tokio::try_join!(
-            Link::<Press>::connect(&config, "publish", closed.clone()),
-            Link::<Session>::connect(&config, "consume", closed.clone()),
-        );
-        let ((publish, keep_publish), (consume, keep_consume)) =
-            connected.map_err(|failure| failure.into_connect_error(&config.address()))?;
+        let connect = async {
+            let dialler = Dialler::new(&config).await?;
+            let links = tokio::try_join!(
+                Link::<Press>::connect(&config, &dialler, "publish", closed.clone()),
+                Link::<Session>::connect(&config, &dialler, "consume", closed.clone()),
+            );
+            links.map_err(|failure| failure.into_connect_error(&config.address()))
+        };
+        let connected = timeout(config.connect_timeout, connect).await;
+        let ((publish, keep_publish), (consume, keep_consume)) = connected
+            .map_err(|_| Failure::TimedOut("connecting").into_connect_error(&config.address()))??;
         shutdown.link_tasks.spawn(keep_publish);
         shutdown.link_tasks.spawn(keep_consume);
 

@@ -29,8 +29,8 @@ type Case = fn(Bench) -> LocalBoxFuture<'static, Verdict>;
 
 /// Names a case after its function.
 macro_rules! cases {
-    ($($module:ident::$case:ident),* $(,)?) => {
-        [$((concat!(stringify!($module), "/", stringify!($case)), (|bench| Box::pin(async { Ended::into($module::$case(bench).await) })) as Case)),*]
+    ($($(#[$when:meta])* $module:ident::$case:ident),* $(,)?) => {
+        [$($(#[$when])* (concat!(stringify!($module), "/", stringify!($case)), (|bench| Box::pin(async { Ended::into($module::$case(bench).await) })) as Case)),*]
     };
 }
 
@@ -86,6 +86,9 @@ fn main() -> ExitCode {
         tls::the_wrong_port_is_told_at_once,
         tls::a_client_shows_its_certificate,
         tls::files_of_no_use_are_told_before_connecting,
+        #[cfg(unix)]
+        tls::a_file_that_does_not_end_is_given_up,
+        tls::files_that_go_bad_are_told,
     ];
     #[cfg(not(feature = "rustls"))]
     let tls: [(&str, Case); 0] = [];

@@ -4,7 +4,9 @@ use std::time::{Duration, Instant};
 
 use antiphon_amqp::{AmqpConfig, AmqpTransport};
 use antiphon_conformance::brokers::Certificates;
-use antiphon_core::{Error, ErrorKind, Executed, Transport};
+use antiphon_conformance::proxy::{Proxy, replace_authority};
+use antiphon_core::{ConnectionState, Error, ErrorKind, Executed, Transport};
+use tokio::time::timeout;
 
 use crate::bench::Bench;
 use crate::{NotRun, Verdict};
@@ -102,4 +104,52 @@ pub(crate) async fn files_of_no_use_are_told_before_connecting(_: Bench) {
         assert_eq!(error.kind(), ErrorKind::Invalid, "{shown}: {error:?}");
     }
     assert_eq!(refusal(nowhere()).await.kind(), ErrorKind::Connect);
+}
+
+/// A pipe that nobody writes to, as a mount whose server is gone. Its reader is not to keep the runtime from ending either.
+#[cfg(unix)]
+pub(crate) async fn a_file_that_does_not_end_is_given_up(_: Bench) {
+    let certificates = Certificates::create().unwrap();
+    let pipe = certificates.ca_file().with_extension("pipe");
+    let made = std::process::Command::new("mkfifo").arg(&pipe).status();
+    assert!(made.unwrap().success());
+    let mut config = config("amqps://127.0.0.1:1");
+    config.ca_file = Some(pipe);
+    config.connect_timeout = Duration::from_millis(300);
+    let (told, ended) = tokio::sync::oneshot::channel();
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let connected = runtime.block_on(AmqpTransport::connect(config));
+        drop(runtime);
+        let _ = told.send(connected.err());
+    });
+    let error = timeout(AT_ONCE, ended).await.expect("an end in time");
+    let error = error.unwrap().expect("a connection that cannot be made");
+    assert_eq!(error.kind(), ErrorKind::Connect, "{error:?}");
+    assert_eq!(error.executed(), Executed::No);
+}
+
+pub(crate) async fn files_that_go_bad_are_told(bench: Bench) -> Verdict {
+    let (url, certificates) = tls(&bench)?;
+    let authority = bench.broker.tls_authority().unwrap_or_default();
+    let proxy = Proxy::start(authority).await.unwrap();
+    let ours = certificates.ca_file().with_extension("ours");
+    std::fs::copy(certificates.ca_file(), &ours).unwrap();
+    let mut config = config(&replace_authority(&url, proxy.addr()));
+    config.ca_file = Some(ours.clone());
+    let transport = AmqpTransport::connect(config).await.unwrap();
+    let mut state = transport.state();
+
+    std::fs::write(&ours, "nothing of use").unwrap();
+    proxy.cut().await;
+    let told = state.wait_for(|state| {
+        matches!(state, ConnectionState::Disconnected { reason } if reason.contains("ca_file"))
+    });
+    timeout(AT_ONCE, told).await.expect("the reason").unwrap();
+
+    std::fs::copy(certificates.ca_file(), &ours).unwrap();
+    let back = state.wait_for(|state| *state == ConnectionState::Connected);
+    timeout(AT_ONCE, back).await.expect("the broker").unwrap();
+    transport.close().await;
+    Ok(())
 }

@@ -32,7 +32,10 @@ impl Tls {
         let (told, read) = oneshot::channel();
         // A file may be on a mount whose server is gone. A thread of its own, as the runtime would wait for one of its pool when it ends.
         let reader = thread::Builder::new().name("antiphon-tls".to_owned());
-        let started = reader.spawn(move || told.send(connector(&config)));
+        let started = reader.spawn(move || {
+            // Who no longer waits for it has been told.
+            let _ = told.send(connector(&config));
+        });
         started.map_err(|error| connect(format!("no thread to read files: {error}")))?;
         let connector = read.await;
         let connector = connector.map_err(|_| connect("the files were not read"))??;

@@ -160,16 +160,9 @@ struct Queue {
     /// How long to wait after a refusal, and until when.
     backoff: Backoff,
     paused: Option<Instant>,
-}
-
-impl Queue {
-    /// For what was held up: what goes out at once is not looked at.
-    fn drop_expired(&mut self) {
-        let now = Instant::now();
-        for item in &mut self.items {
-            item.drop_expired(now);
-        }
-    }
+    /// Something in it may have waited for a connection or a pause, so that its reply may be of use to nobody any more. What goes
+    /// out at once is not looked at.
+    held_up: bool,
 }
 
 impl Completer {
@@ -216,8 +209,16 @@ impl Completer {
                 fits
             })
             .count();
+        let mut items: Vec<_> = queue.items.drain(..count).collect();
+        if queue.held_up {
+            let now = Instant::now();
+            for item in &mut items {
+                item.drop_expired(now);
+            }
+            queue.held_up = !queue.items.is_empty();
+        }
         Batch {
-            items: queue.items.drain(..count).collect(),
+            items,
             leaving: mem::take(&mut queue.leaving),
         }
     }
@@ -225,12 +226,11 @@ impl Completer {
     /// Puts back what may not have been executed.
     pub(crate) fn put_back(&self, items: Vec<Item>, leaving: Vec<Arc<Session>>) {
         let mut queue = self.lock();
-        let now = Instant::now();
         for mut item in items.into_iter().rev() {
             item.repeated = true;
-            item.drop_expired(now);
             queue.items.push_front(item);
         }
+        queue.held_up = true;
         queue.leaving.extend(leaving);
     }
 
@@ -240,6 +240,7 @@ impl Completer {
         if refused {
             let pause = queue.backoff.next();
             queue.paused = Some(Instant::now() + pause);
+            queue.held_up = true;
         } else {
             queue.backoff = Backoff::default();
             queue.paused = None;
@@ -281,10 +282,13 @@ impl Completer {
                     Some(live) => Some(live),
                     None if ending.is_cancelled() => None,
                     // Leases may end while there is no connection, so this does not wait for ever.
-                    None => tokio::time::timeout(Duration::from_millis(100), link.ready(&ending))
-                        .await
-                        .ok()
-                        .flatten(),
+                    None => {
+                        self.lock().held_up = true;
+                        tokio::time::timeout(Duration::from_millis(100), link.ready(&ending))
+                            .await
+                            .ok()
+                            .flatten()
+                    }
                 };
                 match live {
                     Some(live) => waves.push(self.take().settle(
@@ -293,7 +297,7 @@ impl Completer {
                         Arc::clone(&config),
                     )),
                     None if ending.is_cancelled() => break,
-                    None => self.lock().drop_expired(),
+                    None => {}
                 }
                 continue;
             }
@@ -341,4 +345,60 @@ impl Completer {
 /// Milliseconds, as Redis takes them.
 pub(crate) fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use antiphon_core::ServiceName;
+
+    use super::*;
+    use crate::naming::ServiceKeys;
+
+    const WAITS: Duration = Duration::from_millis(10);
+
+    fn push(completer: &Completer) {
+        let keys = Arc::new(ServiceKeys::new(&ServiceName::new("fib").unwrap()));
+        let session = Session::new("1".to_owned(), &keys, &Arc::default());
+        let reply = Some((InboxKeys::new("caller").unwrap(), b"reply".to_vec()));
+        let token = Token::parse(b"1").unwrap();
+        let mut item = Item::new(session, token, End::Plain { reply }, None);
+        item.expires = Some(Instant::now() + WAITS);
+        completer.push(item);
+    }
+
+    fn replies(completer: &Completer) -> usize {
+        let items = completer.take().items;
+        items.iter().filter(|item| !item.frame().is_empty()).count()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pause_is_not_waited_for_in_vain() {
+        let completer = Completer::default();
+        push(&completer);
+        completer.note(true);
+        push(&completer);
+        sleep_until(completer.paused().unwrap() + WAITS).await;
+        // Still waited for.
+        push(&completer);
+        assert_eq!(replies(&completer), 1);
+
+        // A batch that is under way when the pause begins comes back too.
+        push(&completer);
+        let batch = completer.take();
+        completer.note(true);
+        completer.put_back(batch.items, Vec::new());
+        sleep_until(completer.paused().unwrap() + WAITS).await;
+        assert_eq!(replies(&completer), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn more_than_a_batch_may_have_waited() {
+        let completer = Completer::default();
+        completer.note(true);
+        for _ in 0..=BATCH_MAX {
+            push(&completer);
+        }
+        sleep_until(completer.paused().unwrap() + WAITS).await;
+        assert_eq!((replies(&completer), replies(&completer)), (0, 0));
+    }
 }

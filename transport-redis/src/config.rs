@@ -33,7 +33,8 @@ pub struct RedisConfig {
     /// The most dead letters kept of one service; older ones are dropped. Default: 1,000.
     pub dead_letters: usize,
     /// A PEM file with the certificates of the authorities to trust, in place of the platform's own (which `SSL_CERT_FILE` can
-    /// name, on Unix). Only over TLS, as the next two. Default: none.
+    /// name). It is read once, as a transport connects. A server also needs that what the platform trusts can be read, though it is
+    /// not used then: the redis crate, which renews the leases, reads it first. Only over TLS, as the next two. Default: none.
     pub ca_file: Option<PathBuf>,
     /// A PEM file with the certificate that we show to a server which asks for one, and those between it and its authority.
     /// Only with [`key_file`](Self::key_file). Default: none.
@@ -46,10 +47,11 @@ pub struct RedisConfig {
 
 impl RedisConfig {
     /// The default configuration for `redis://[user[:password]@]host[:port][/db]`, or `rediss://` for TLS. Its parameters
-    /// `ca_file`, `certificate_file` and `key_file` set the fields of these names: `rediss://h/?ca_file=/etc/ssl/ours.pem`.
+    /// `ca_file`, `certificate_file` and `key_file` set the fields of these names: `rediss://h/?ca_file=/etc/ssl/ours.pem`. In a
+    /// value, `+` is a space, and `%2B` a plus.
     ///
     /// # Errors
-    /// [`ErrorKind::Invalid`] for anything else; [`ErrorKind::Unsupported`] for `rediss://` without the feature `rustls`.
+    /// [`ErrorKind::Invalid`] for anything else, and if one of these comes twice; [`ErrorKind::Unsupported`] for `rediss://` without the feature `rustls`.
     pub fn from_url(url: &str) -> Result<Self, Error> {
         // The parser's own errors may quote what they could not read, so they are not passed on.
         let url = Url::parse(url).map_err(|_| invalid("not a URL"))?;
@@ -69,11 +71,14 @@ impl RedisConfig {
             .into_connection_info()
             .map_err(|_| invalid("not redis://[user[:password]@]host[:port][/db]"))?;
         let file = |name: &str| {
-            let value = url.query_pairs().find(|(key, _)| key == name);
-            value.map(|(_, value)| PathBuf::from(value.as_ref()))
+            let mut values = url.query_pairs().filter(|(key, _)| key == name);
+            match (values.next(), values.next()) {
+                (value, None) => Ok(value.map(|(_, value)| PathBuf::from(value.as_ref()))),
+                _ => Err(invalid(&format!("{name} is given twice"))),
+            }
         };
-        let (ca_file, certificate_file) = (file("ca_file"), file("certificate_file"));
-        let key_file = file("key_file");
+        let (ca_file, certificate_file) = (file("ca_file")?, file("certificate_file")?);
+        let key_file = file("key_file")?;
         Ok(Self {
             ca_file,
             certificate_file,
@@ -164,6 +169,7 @@ mod tests {
             "s3cret",
             "redis://a:s3cret@h/x",
             "redis:///1",
+            "redis://a:s3cret@h/?ca_file=a&ca_file=b",
         ] {
             let error = RedisConfig::from_url(bad).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Invalid, "{bad}");

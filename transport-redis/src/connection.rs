@@ -40,8 +40,8 @@ pub(crate) struct Connector {
 }
 
 impl Connector {
-    pub(crate) fn new(config: &RedisConfig) -> Result<Self, Error> {
-        let dialler = Dialler::new(config)?;
+    pub(crate) async fn new(config: &RedisConfig) -> Result<Self, Error> {
+        let dialler = Dialler::new(config).await?;
         let client = redis::Client::open(dialler.info().clone()).map_err(|_| {
             Error::not_executed(
                 ErrorKind::Invalid,

@@ -26,16 +26,20 @@ use crate::tls::{self, Tls};
 pub(crate) struct Dialler {
     info: ConnectionInfo,
     #[cfg(feature = "rustls")]
-    tls: Tls,
+    tls: Option<Tls>,
 }
 
 impl Dialler {
-    pub(crate) fn new(config: &RedisConfig) -> Result<Self, Error> {
+    /// Reads and checks the files for TLS, which may take any time.
+    pub(crate) async fn new(config: &RedisConfig) -> Result<Self, Error> {
         let info = config.connection_info()?;
         #[cfg(feature = "rustls")]
         let (info, tls) = match info.addr() {
-            ConnectionAddr::TcpTls { .. } => tls::secure(config, info)?,
-            _ => (info, Tls::default()),
+            ConnectionAddr::TcpTls { .. } => {
+                let (info, tls) = tls::secure(config, info).await?;
+                (info, Some(tls))
+            }
+            _ => (info, None),
         };
         // The protocol that `wire` reads.
         let settings = info
@@ -59,22 +63,32 @@ impl Dialler {
 
     /// Connects, and introduces us to the server.
     pub(crate) async fn dial(&self) -> RedisResult<Box<dyn Duplex>> {
-        let stream: Box<dyn Duplex> = match self.info.addr() {
-            ConnectionAddr::Tcp(host, port) => Box::new(connect(host, *port).await?),
-            #[cfg(feature = "rustls")]
-            ConnectionAddr::TcpTls {
-                host,
-                port,
-                insecure: false,
-                ..
-            } => Box::new(self.tls.wrap(host, connect(host, *port).await?).await?),
-            // No other one comes from the addresses that we take.
-            _ => {
-                let message = "the address is of a kind that is not supported";
-                return Err(io::Error::new(io::ErrorKind::Unsupported, message).into());
-            }
-        };
+        let stream = self.connect().await?;
         greet(self.info.redis_settings(), stream).await
+    }
+
+    async fn connect(&self) -> io::Result<Box<dyn Duplex>> {
+        let address = self.info.addr();
+        #[cfg(feature = "rustls")]
+        if let ConnectionAddr::TcpTls {
+            host,
+            port,
+            insecure: false,
+            ..
+        } = address
+            && let Some(tls) = &self.tls
+        {
+            let stream = connect(host, *port).await?;
+            return Ok(Box::new(tls.wrap(host, stream).await?));
+        }
+        match address {
+            ConnectionAddr::Tcp(host, port) => Ok(Box::new(connect(host, *port).await?)),
+            // No other one comes from the addresses that we take.
+            _ => Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "the address is of a kind that is not supported",
+            )),
+        }
     }
 }
 

@@ -64,19 +64,19 @@ impl RedisTransport {
     /// Connects.
     ///
     /// # Errors
-    /// [`ErrorKind::Connect`], at the latest after [`RedisConfig::connect_timeout`], and at once if the server refuses the
-    /// connection or the credentials; [`ErrorKind::Broker`] if the server is too old or may evict keys;
+    /// [`ErrorKind::Connect`], at the latest after [`RedisConfig::connect_timeout`], in which the files are read too, and at once if
+    /// the server refuses the connection or the credentials, or no file says whom to trust and the platform does not either; [`ErrorKind::Broker`] if the server is too old or may evict keys;
     /// [`ErrorKind::Invalid`] for a configuration that cannot work.
     pub async fn connect(config: RedisConfig) -> Result<Self, Error> {
         config.check()?;
-        let connector = Arc::new(Connector::new(&config)?);
         let clock = Arc::new(Clock::default());
         let checked = async {
+            let connector = Arc::new(Connector::new(&config).await?);
             let live = connection::connect(&connector, &config, &clock).await?;
             server_check::check(&live, &config).await?;
-            Ok::<_, Error>(live)
+            Ok::<_, Error>((connector, live))
         };
-        let live = timeout(config.connect_timeout, checked)
+        let (connector, live) = timeout(config.connect_timeout, checked)
             .await
             .unwrap_or_else(|_| {
                 let message = format!(

@@ -127,3 +127,28 @@ async fn files_of_no_use_are_told_before_connecting() {
     }
     assert_eq!(refusal(nowhere()).await.kind(), ErrorKind::Connect);
 }
+
+/// A pipe that nobody writes to, as a mount whose server is gone. Its reader is not to keep the runtime from ending either.
+#[cfg(unix)]
+#[tokio::test]
+async fn a_file_that_does_not_end_is_given_up() {
+    let certificates = Certificates::create().unwrap();
+    let pipe = certificates.ca_file().with_extension("pipe");
+    let made = std::process::Command::new("mkfifo").arg(&pipe).status();
+    assert!(made.unwrap().success());
+    let mut config = config("rediss://127.0.0.1:1");
+    config.ca_file = Some(pipe);
+    config.connect_timeout = Duration::from_millis(300);
+    let (told, ended) = tokio::sync::oneshot::channel();
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let connected = runtime.block_on(RedisTransport::connect(config));
+        drop(runtime);
+        let _ = told.send(connected.err());
+    });
+    let error = tokio::time::timeout(AT_ONCE, ended).await;
+    let error = error.expect("an end in time").unwrap();
+    let error = error.expect("a connection that cannot be made");
+    assert_eq!(error.kind(), ErrorKind::Connect, "{error:?}");
+    assert_eq!(error.executed(), Executed::No);
+}

@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use serde::Serialize;
 use tokio::sync::{Semaphore, mpsc};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -252,9 +252,18 @@ impl Desk {
         let waits = request
             .deadline
             .map_or(self.config.default_timeout, |deadline| deadline.budget);
+        // From when it is asked: what it is to say may not be true before long.
+        let ends = Instant::now().checked_add(waits);
         Some(async move {
-            // Late, nobody waits for it.
-            let _ = tokio::time::timeout(waits, send(&*transport, to, reply)).await;
+            let saying = send(&*transport, to, reply);
+            match ends {
+                // Late, nobody waits for it.
+                Some(ends) if ends <= Instant::now() => {}
+                Some(ends) => {
+                    let _ = timeout_at(ends, saying).await;
+                }
+                None => saying.await,
+            }
         })
     }
 }

@@ -502,3 +502,30 @@ async fn an_asked_handler_ends_when_its_caller_is_gone() {
     sleep(2 * SECOND).await;
     assert_eq!(server.stats().handled, 1);
 }
+
+#[tokio::test(start_paused = true)]
+async fn who_waits_no_more_is_not_told_that_it_may_have_the_service() {
+    for (waits, told) in [(SECOND, 0), (60 * SECOND, 1)] {
+        let (broker, hearing) = Broker::new();
+        let server = broker.server().exclusive().drain_timeout(5 * SECOND);
+        let _server = serve(server).await.unwrap();
+        let held = Request {
+            signals: Signals::None,
+            ..request(Some("waits"))
+        };
+        let expires = Some(Instant::now() + 60 * SECOND);
+        let (lease, settlement) = (CancellationToken::new(), Box::new(Ends(None)));
+        let held = Delivery::new(held, 1, expires, lease, settlement);
+        hearing.deliveries.send(held).unwrap();
+        settle().await;
+        let ask = Request {
+            deadline: Some(Deadline::after(waits)),
+            ..request(Some(crate::control::HAND_OVER))
+        };
+        hearing.words.send(ask).unwrap();
+        settle().await;
+        assert_eq!(broker.sent().len(), 0, "what is held is waited for");
+        sleep(20 * SECOND).await;
+        assert_eq!(broker.sent().len(), told);
+    }
+}

@@ -45,7 +45,7 @@ pub struct AmqpConfig {
     /// Default: 128 KiB, as the broker and other clients have it; at least 4 KiB.
     pub frame_max: u32,
     /// A PEM file with the certificates of the authorities to trust, in place of the platform's own (which `SSL_CERT_FILE` can
-    /// name, on Unix). Only over TLS, as the next two. Default: none.
+    /// name, on Linux and the BSDs). It is read each time that a connection is made. Only over TLS, as the next two. Default: none.
     pub ca_file: Option<PathBuf>,
     /// A PEM file with the certificate that we show to a server which asks for one, and those between it and its authority.
     /// Only with [`key_file`](Self::key_file). Default: none.
@@ -85,18 +85,22 @@ impl AmqpConfig {
     /// Takes `amqp://USER:PASSWORD@HOST:PORT/VHOST`, or `amqps://` with the feature `rustls`. User and password are `guest`,
     /// the port is 5672 (5671) and the virtual host is `/` unless given; a slash in its name is written `%2f`. The parameters
     /// `heartbeat` (seconds), `frame_max` (bytes), `queue_type` (`quorum` or `classic`), `durable` (`true` or `false`), `ca_file`,
-    /// `certificate_file` and `key_file` set the fields of these names: `amqp://h/?queue_type=classic&durable=false`.
+    /// `certificate_file` and `key_file` set the fields of these names: `amqp://h/?queue_type=classic&durable=false`. In a value,
+    /// `+` is a space, and `%2B` a plus.
     ///
     /// # Errors
-    /// `Invalid` if it is no such URL, a parameter has no such value, or quorum queues are not to be durable; `Unsupported` for `amqps://` without the feature.
+    /// `Invalid` if it is no such URL, a parameter of ours has no such value or comes twice, or quorum queues are not to be durable; `Unsupported` for `amqps://` without the feature.
     pub fn from_url(url: &str) -> Result<Self, Error> {
         let (url, own) = split_own(url);
         let (mut queue_type, mut durable) = (QueueType::default(), true);
         let (mut ca_file, mut certificate_file, mut key_file) = (None, None, None);
-        for (name, value) in own {
+        for (index, (name, value)) in own.iter().enumerate() {
+            if own.iter().take(index).any(|(earlier, _)| earlier == name) {
+                return Err(invalid(format!("{name} is given twice")));
+            }
             match name.as_ref() {
                 QUEUE_TYPE => {
-                    queue_type = QueueType::parse(&value)
+                    queue_type = QueueType::parse(value)
                         .ok_or_else(|| invalid("queue_type is neither quorum nor classic"))?;
                 }
                 DURABLE => {
@@ -299,6 +303,14 @@ mod tests {
         }
         let plain = fields("amqp://h/?ca_file=/a.pem").unwrap_err();
         assert_eq!(plain.kind(), ErrorKind::Invalid);
+    }
+
+    #[test]
+    fn a_parameter_is_given_once() {
+        let twice = "amqp://h/?queue_type=classic&heartbeat=3&queue_type=quorum";
+        let error = AmqpConfig::from_url(twice).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid);
+        assert!(error.message().contains("queue_type"), "{error:?}");
     }
 
     #[test]

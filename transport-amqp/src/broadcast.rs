@@ -14,7 +14,8 @@ use crate::publisher::{Job, OutgoingRequest, What};
 /// Dropped before it was sent, it is not sent.
 ///
 /// # Errors
-/// `DeadlineExceeded`, `ConnectionLost`, `Overloaded`, `Closed`.
+/// `DeadlineExceeded`, `ConnectionLost`, `Overloaded`, `Closed`; `Invalid` if its headers are too large; `Broker` if the broker refused
+/// it, mostly for a missing right, or something that was sent at the same time.
 pub(crate) async fn broadcast(
     prober: &Prober,
     jobs: &mpsc::UnboundedSender<Job>,

@@ -145,7 +145,7 @@ fn tune(uri: &AMQPUri, offer: &connection::Tune) -> (Tuned, connection::TuneOk) 
 }
 
 /// What the broker says when it closes something.
-pub(crate) fn refusal(code: u16, text: &ShortString) -> Failure {
+fn refusal(code: u16, text: &ShortString) -> Failure {
     Failure::Refused {
         code,
         text: text.to_string(),

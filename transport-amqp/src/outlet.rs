@@ -8,7 +8,7 @@ use lapin::BasicProperties;
 use lapin::types::ShortString;
 
 use crate::press::{PressChannel, Unsent};
-use crate::slip::Told;
+use crate::slip::{Refusal, Told};
 use crate::wire::Destination;
 
 /// Plain peers that have no inbox give addresses that begin so.
@@ -35,9 +35,9 @@ pub(crate) enum Fate {
     Unwritable,
     /// There is no such queue.
     Returned,
-    /// The channel died before the broker's word; `refused` if it was the broker that closed the channel alone, so that some
-    /// message on it may be the reason.
-    Lost { refused: bool },
+    /// The channel died before the broker's word; with `refused`, the broker closed the channel alone, so that some message on it
+    /// may be the reason.
+    Lost { refused: Option<Refusal> },
 }
 
 /// So many confirmed messages may stand behind one that is not.
@@ -179,12 +179,14 @@ impl<T> Outlet<T> {
     pub(crate) fn abandon(mut self, fates: &mut Vec<(T, Fate)>) {
         // Confirms that came just before the channel died.
         self.sweep(fates);
-        let refused = self.channel.is_refused();
+        let refused = self.channel.refusal();
         let left = self.waiting.into_iter().filter_map(|waiting| waiting.slot);
         fates.extend(left.map(|slot| {
             let fate = match slot.returned {
                 true => Fate::Returned,
-                false => Fate::Lost { refused },
+                false => Fate::Lost {
+                    refused: refused.clone(),
+                },
             };
             (slot.token, fate)
         }));
@@ -297,11 +299,16 @@ mod tests {
         }
 
         async fn open(listener: TcpListener) -> Self {
+            Self::open_with(listener, 1).await
+        }
+
+        /// With a heartbeat of so many seconds.
+        async fn open_with(listener: TcpListener, heartbeat: u16) -> Self {
             let mut broker = Self::accept(listener).await;
             let tune = connection::Tune {
                 channel_max: 8,
                 frame_max: 4096,
-                heartbeat: 1,
+                heartbeat,
             };
             broker.say_here(connection::AMQPMethod::Tune(tune)).await;
             for _ in ["connection.tune-ok", "connection.open"] {
@@ -528,7 +535,11 @@ mod tests {
         assert!(!first.is_open() && second.is_open());
         let mut known = Vec::new();
         first.abandon(&mut known);
-        assert_eq!(known, [(1, Fate::Lost { refused: true })]);
+        let refused = Some(Refusal {
+            code: 406,
+            text: "PRECONDITION_FAILED".into(),
+        });
+        assert_eq!(known, [(1, Fate::Lost { refused })]);
         loop {
             let method = broker.method().await;
             if let AMQPClass::Channel(channel::AMQPMethod::CloseOk(_)) = method {
@@ -549,8 +560,46 @@ mod tests {
         assert_eq!(second.publish(late, true, 3), Err(3));
         known.clear();
         second.abandon(&mut known);
-        assert_eq!(known, [(2, Fate::Lost { refused: false })]);
+        assert_eq!(known, [(2, Fate::Lost { refused: None })]);
         press.channel().await.unwrap_err();
+    }
+
+    /// What stands before it is with the system, and nobody can say how much of it has arrived.
+    #[tokio::test]
+    async fn a_broker_that_speaks_has_longer_to_open_a_channel() {
+        let (press, mut broker) = connect(|listener| Broker::open_with(listener, 4)).await;
+        let press = press.unwrap();
+        let begun = tokio::time::Instant::now();
+        let slow = async {
+            for _ in ["channel.open", "confirm.select"] {
+                broker.method().await;
+            }
+            // Longer than a silent one has.
+            while begun.elapsed() < Duration::from_secs(6) {
+                broker.say_frame(&AMQPFrame::Heartbeat).await;
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+            let ok = confirm::AMQPMethod::SelectOk(confirm::SelectOk {});
+            broker.say(1, AMQPClass::Confirm(ok)).await;
+        };
+        let (opened, ()) = tokio::join!(press.channel(), slow);
+        opened.unwrap();
+        // But not for ever, and that is the end of the connection.
+        let never = async {
+            loop {
+                broker.say_frame(&AMQPFrame::Heartbeat).await;
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+        };
+        let given_up = timeout(2 * LIMIT, async {
+            tokio::select! {
+                opened = press.channel() => opened,
+                () = never => unreachable!("it goes on"),
+            }
+        });
+        let failure = given_up.await.expect("an end").unwrap_err();
+        assert!(matches!(failure, Failure::TimedOut(_)), "{failure}");
+        assert!(timeout(LIMIT, press.over()).await.is_ok());
     }
 
     #[tokio::test]

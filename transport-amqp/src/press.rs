@@ -17,15 +17,15 @@ use futures_util::task::AtomicWaker;
 use lapin::tcp::AMQPUriTcpExt;
 use lapin::{BasicProperties, runtime};
 use tokio::sync::{oneshot, watch};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::dial::Dialler;
 use crate::error::Failure;
-use crate::handshake::{refusal, shake_hands};
+use crate::handshake::shake_hands;
 use crate::link::{Blocked, Life, bounded};
-use crate::roller::{Roller, Socket};
-use crate::slip::{Slip, Told};
+use crate::roller::{Roller, Socket, silence};
+use crate::slip::{Refusal, Slip, Told};
 use crate::wire::{self, Destination};
 
 /// How long a connection is closed politely.
@@ -38,6 +38,8 @@ pub(crate) struct Press {
     shared: Arc<Shared>,
     blocked: watch::Receiver<Option<Arc<str>>>,
     over: watch::Receiver<Option<Arc<str>>>,
+    /// How long a broker that speaks may leave something unanswered: as long as one may be silent.
+    patience: Duration,
 }
 
 /// What the connection's task, which owns its socket, and the owners of its channels share.
@@ -48,6 +50,8 @@ pub(crate) struct Shared {
     /// How many bytes the task took from there, and how many of these are written.
     taken: AtomicU64,
     written: AtomicU64,
+    /// How often something was read.
+    heard: AtomicU64,
     /// The task, which is woken when there is something to write.
     pub(crate) task: AtomicWaker,
     channels: Mutex<Channels>,
@@ -99,6 +103,7 @@ impl Life for Press {
             shared,
             blocked: receiver,
             over,
+            patience: tuned.heartbeat.map_or(Duration::ZERO, silence),
         })
     }
 
@@ -145,12 +150,22 @@ impl Press {
             let lost = |_| Failure::Lost("the connection was lost".to_owned());
             opened.await.map_err(lost).flatten()
         });
+        let mut written_since = Instant::now();
         let opened = loop {
             let before = self.shared.written.load(Ordering::Relaxed);
+            let heard = self.shared.heard.load(Ordering::Relaxed);
             let opened = bounded("channel.open", opened.as_mut()).await;
+            if !matches!(opened, Err(Failure::TimedOut(_))) {
+                break opened;
+            }
             // While what stands before it is still being written, its time has not begun.
-            let waits = before < end && before < self.shared.written.load(Ordering::Relaxed);
-            if !waits || !matches!(opened, Err(Failure::TimedOut(_))) {
+            if before < end && before < self.shared.written.load(Ordering::Relaxed) {
+                written_since = Instant::now();
+                continue;
+            }
+            // Then the system still has it for a while. The broker speaks meanwhile, but it may do so without ever reading on.
+            let speaks = heard != self.shared.heard.load(Ordering::Relaxed);
+            if !speaks || written_since.elapsed() >= self.patience {
                 break opened;
             }
         };
@@ -175,6 +190,7 @@ impl Shared {
             out: Mutex::default(),
             taken: AtomicU64::new(0),
             written: AtomicU64::new(0),
+            heard: AtomicU64::new(0),
             task: AtomicWaker::new(),
             channels: Mutex::default(),
             frame_max,
@@ -193,6 +209,11 @@ impl Shared {
     /// So many bytes of what was taken are written.
     pub(crate) fn note_written(&self, count: usize) {
         self.written.fetch_add(count as u64, Ordering::Relaxed);
+    }
+
+    /// The broker said something.
+    pub(crate) fn note_heard(&self) {
+        self.heard.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Has a method written, and says how many bytes are written once it is.
@@ -224,7 +245,10 @@ impl Shared {
             return;
         };
         // First: who sees it shut must see why.
-        slip.refuse(refusal(close.reply_code, &close.reply_text));
+        slip.refuse(Refusal {
+            code: close.reply_code,
+            text: close.reply_text.as_str().into(),
+        });
         {
             let mut out = self.out();
             slip.shut();
@@ -302,9 +326,9 @@ impl PressChannel {
         self.slip.is_open()
     }
 
-    /// True if it was the broker that closed this channel alone.
-    pub(crate) fn is_refused(&self) -> bool {
-        self.slip.is_refused()
+    /// Why the broker closed this channel alone, if it did.
+    pub(crate) fn refusal(&self) -> Option<Refusal> {
+        self.slip.refusal()
     }
 
     /// Publishes a message. It is written soon, with all that is published until then.
@@ -463,6 +487,7 @@ mod tests {
             shared: Arc::clone(&shared),
             blocked: watch::channel(None).1,
             over: watch::channel(None).1,
+            patience: Duration::ZERO,
         };
         *shared.out() = vec![0; 60 * 1024];
         let slow = Slow(Some(interval(Duration::from_secs(1))));

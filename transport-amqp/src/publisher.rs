@@ -13,12 +13,13 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::absent::Absent;
-use crate::error::closed;
+use crate::error::{ACCESS_REFUSED, closed};
 use crate::link::{Link, Opening, open_publishing, opened};
 use crate::message;
 use crate::outlet::{Fate, Message, Outlet};
 use crate::press::Press;
 use crate::prober::{Prober, no_responder};
+use crate::slip::Refusal;
 
 /// The most messages, and about the most bytes, that wait for the broker's word at once. What is above it stays in our own queue,
 /// where it can be withdrawn.
@@ -273,14 +274,13 @@ impl Publisher {
                 "the request's headers do not fit into a frame that the broker takes",
             )
             .with_executed(request.executed())),
-            (What::Request(request), Fate::Lost { refused: true })
-                if !request.exchange.as_str().is_empty() =>
-            {
-                let message = format!(
-                    "the broker refused it: it takes the right to write to {}",
-                    request.exchange
-                );
-                Err(Error::maybe_executed(ErrorKind::Broker, message))
+            (
+                What::Request(request),
+                Fate::Lost {
+                    refused: Some(refusal),
+                },
+            ) if !request.exchange.as_str().is_empty() => {
+                Err(refused(request.exchange.as_str(), &refusal))
             }
             (What::Request(_), Fate::Lost { .. }) => Err(Error::maybe_executed(
                 ErrorKind::ConnectionLost,
@@ -371,6 +371,17 @@ impl Publisher {
             let _ = job.done.send(result);
         }
     }
+}
+
+/// The broker closed the channel on which it waited with others, which are not to blame.
+fn refused(exchange: &str, refusal: &Refusal) -> Error {
+    let Refusal { code, text } = refusal;
+    let right = match *code {
+        ACCESS_REFUSED => format!(", it takes the right to write to {exchange}"),
+        _ => String::new(),
+    };
+    let message = format!("the broker refused this, or something beside it: {code} {text}{right}");
+    Error::maybe_executed(ErrorKind::Broker, message)
 }
 
 impl Job {
@@ -475,4 +486,26 @@ async fn prompt(outlet: &mut Option<Outlet<Job>>) {
         None => Poll::Pending,
     })
     .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_missing_right_is_called_one() {
+        let told = |code, text: &str| {
+            let text = text.into();
+            refused("amq.direct", &Refusal { code, text }).to_string()
+        };
+        let right = told(403, "ACCESS_REFUSED - no");
+        assert!(right.contains("403 ACCESS_REFUSED - no"), "{right}");
+        assert!(right.contains("right to write to amq.direct"), "{right}");
+        let other = told(406, "PRECONDITION_FAILED - too large");
+        assert!(
+            other.contains("406 PRECONDITION_FAILED - too large"),
+            "{other}"
+        );
+        assert!(!other.contains("right to"), "{other}");
+    }
 }

@@ -63,6 +63,11 @@ struct Pulse {
     silent: u32,
 }
 
+/// How long a peer may be silent.
+pub(crate) fn silence(heartbeat: Duration) -> Duration {
+    heartbeat / 2 * SILENT_HALVES
+}
+
 impl<S: AsyncRead + AsyncWrite + Unpin> Roller<S> {
     /// With a `heartbeat`, a peer that says nothing for two of them is given up.
     pub(crate) fn new(
@@ -103,6 +108,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Roller<S> {
     fn poll_all(&mut self, cx: &mut Context<'_>) -> Result<(), Failure> {
         while let Poll::Ready(read) = self.socket.poll_read(cx) {
             read?;
+            self.shared.note_heard();
             if let Some(pulse) = &mut self.pulse {
                 pulse.heard = true;
             }

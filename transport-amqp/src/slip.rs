@@ -1,7 +1,7 @@
 //! What the broker says on one channel, between the connection's task and the channel's owner.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 
 use futures_util::task::AtomicWaker;
@@ -37,11 +37,18 @@ pub(crate) enum Told {
     },
 }
 
+/// Why the broker closed a channel: its reply code, and what it says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Refusal {
+    pub(crate) code: u16,
+    pub(crate) text: Arc<str>,
+}
+
 #[derive(Default)]
 struct Said {
     told: Vec<Told>,
-    /// The broker closed this channel alone.
-    refused: bool,
+    /// Why the broker closed this channel alone.
+    refused: Option<Refusal>,
     opening: Option<oneshot::Sender<Result<(), Failure>>>,
     /// The routing key of a message that is coming back.
     returning: Option<ShortString>,
@@ -78,17 +85,20 @@ impl Slip {
     }
 
     /// The broker closed this channel alone: said before it is [`shut`](Self::shut).
-    pub(crate) fn refuse(&self, failure: Failure) {
+    pub(crate) fn refuse(&self, refusal: Refusal) {
         let mut said = self.said();
-        said.refused = true;
         if let Some(opening) = said.opening.take() {
-            let _ = opening.send(Err(failure));
+            let _ = opening.send(Err(Failure::Refused {
+                code: refusal.code,
+                text: refusal.text.to_string(),
+            }));
         }
+        said.refused = Some(refusal);
     }
 
-    /// True if the broker closed this channel alone.
-    pub(crate) fn is_refused(&self) -> bool {
-        self.said().refused
+    /// Why the broker closed this channel alone, if it did.
+    pub(crate) fn refusal(&self) -> Option<Refusal> {
+        self.said().refused.clone()
     }
 
     /// Takes what the broker said since the last time.

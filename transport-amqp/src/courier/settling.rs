@@ -139,8 +139,8 @@ impl Courier {
             },
             (_, Fate::Accepted) => self.complete(key),
             // It is the connection that was lost, which is nobody's fault.
-            (_, Fate::Lost { refused: false }) => self.unsent.push_back(key),
-            (Work::Reply(reply), fate @ (Fate::Lost { refused: true } | Fate::Unwritable)) => {
+            (_, Fate::Lost { refused: None }) => self.unsent.push_back(key),
+            (Work::Reply(reply), fate @ (Fate::Lost { refused: Some(_) } | Fate::Unwritable)) => {
                 held.deaths += 1;
                 if !alone && fate != Fate::Unwritable {
                     return self.unsent.push_back(key);
@@ -154,7 +154,7 @@ impl Courier {
                 *reply = Reply::fault(reply.id.clone(), fault, Executed::Yes).into();
                 self.unsent.push_back(key);
             }
-            (_, fate @ (Fate::Lost { refused: true } | Fate::Unwritable)) => {
+            (_, fate @ (Fate::Lost { refused: Some(_) } | Fate::Unwritable)) => {
                 held.deaths += 1;
                 // After the first time it goes without headers of others.
                 let again = match fate {

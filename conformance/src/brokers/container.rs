@@ -157,25 +157,25 @@ impl Container {
     }
 
     async fn ready(&self) -> io::Result<()> {
+        let answers = async {
+            probe::ready(self.kind, &self.authority, START, || Ok(())).await?;
+            if self.kind == BrokerKind::RabbitMq {
+                self.ctl(&rabbitmq::BOOTED).await?;
+            }
+            match &self.tls {
+                Some(tls) => probe::listens(&tls.authority, START).await,
+                None => Ok(()),
+            }
+        };
         let ready = tokio::select! {
-            ready = probe::ready(self.kind, &self.authority, START, || Ok(())) => ready,
+            ready = answers => ready,
             error = self.ended() => Err(error),
         };
-        match ready {
-            Ok(()) => {
-                if self.kind == BrokerKind::RabbitMq {
-                    self.ctl(&rabbitmq::BOOTED).await?;
-                }
-                match &self.tls {
-                    Some(tls) => probe::listens(&tls.authority, START).await,
-                    None => Ok(()),
-                }
-            }
-            Err(error) => {
-                let reason = format!("{error}; its log ends with:\n{}", self.log_tail().await);
-                Err(io::Error::new(error.kind(), reason))
-            }
-        }
+        let Err(error) = ready else {
+            return Ok(());
+        };
+        let reason = format!("{error}; its log ends with:\n{}", self.log_tail().await);
+        Err(io::Error::new(error.kind(), reason))
     }
 
     /// Waits until the container does not run.

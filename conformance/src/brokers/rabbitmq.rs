@@ -127,15 +127,20 @@ impl RabbitMqProcess {
                 .env_clear()
                 .envs(self.environment.iter().map(|(name, value)| (name, value)));
         })?;
-        let kind = super::BrokerKind::RabbitMq;
-        let ready = probe::ready(kind, &self.authority(), START, || process.check_alive()).await;
+        let ready = self.ready(&mut process).await;
         ready.map_err(|error| self.directory.explain("rabbitmq-server", &error))?;
-        self.ctl(&BOOTED).await?;
-        if let Some(authority) = self.tls_authority() {
-            probe::listens(&authority, START).await?;
-        }
         *running = Some(process);
         Ok(())
+    }
+
+    async fn ready(&self, process: &mut Process) -> io::Result<()> {
+        let kind = super::BrokerKind::RabbitMq;
+        probe::ready(kind, &self.authority(), START, || process.check_alive()).await?;
+        self.ctl(&BOOTED).await?;
+        match self.tls_authority() {
+            Some(authority) => probe::listens(&authority, START).await,
+            None => Ok(()),
+        }
     }
 
     pub(super) async fn ctl(&self, arguments: &[&str]) -> io::Result<String> {

@@ -83,19 +83,22 @@ impl RedisProcess {
                 .args(arguments(&self.options, &self.tls_settings()));
             command.arg("--dir").arg(self.directory.path());
         })?;
-        let ready = probe::ready(self.options.kind, &self.authority(), START, || {
-            process.check_alive()
-        })
-        .await;
+        let ready = self.ready(&mut process).await;
         ready.map_err(|error| {
             self.directory
                 .explain(&self.program.display().to_string(), &error)
         })?;
-        if let Some(authority) = self.tls_authority() {
-            probe::listens(&authority, START).await?;
-        }
         *running = Some(process);
         Ok(())
+    }
+
+    async fn ready(&self, process: &mut Process) -> io::Result<()> {
+        let (kind, authority) = (self.options.kind, self.authority());
+        probe::ready(kind, &authority, START, || process.check_alive()).await?;
+        match self.tls_authority() {
+            Some(authority) => probe::listens(&authority, START).await,
+            None => Ok(()),
+        }
     }
 
     fn tls_settings(&self) -> Vec<(String, String)> {

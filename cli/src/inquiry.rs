@@ -1,7 +1,5 @@
 //! `antiphon ping`, `info` and `stats`.
 
-use std::time::Duration;
-
 use antiphon::{Answer, AskAll, Client, Error, Gathered, NodeInfo, NodeStats, ServiceName};
 use serde::Serialize;
 use tokio::time::Instant;
@@ -78,10 +76,10 @@ struct InquiryReport<'a, T> {
 }
 
 fn info(info: &NodeInfo) -> String {
-    let uptime = Duration::from_secs(info.uptime.as_secs());
     format!(
-        "version {}, up {uptime:?}, prefetch {}, serves {}",
+        "version {}, up {} s, prefetch {}, serves {}",
         info.version,
+        info.uptime.as_secs(),
         info.prefetch,
         info.services.join(" ")
     )

@@ -298,6 +298,25 @@ fn bench_on_memory_serves_itself() {
 }
 
 #[test]
+fn each_task_is_seen_with_its_attempt_and_its_time() {
+    let mut command = antiphon(&["--url", MEMORY, "bench", "s", "--calls", "1"]);
+    command.env("ANTIPHON_LOG", "antiphon_core=debug");
+    let ended = Running::start(command).end();
+    let seen = |line: &&str| {
+        let parts = [
+            "a handler has ended",
+            "service=s",
+            " id=",
+            "attempt=1",
+            "elapsed=",
+        ];
+        parts.iter().all(|part| line.contains(part))
+    };
+    let seen = ended.errors.lines().filter(seen).count();
+    assert!(seen >= 1, "{}", ended.errors);
+}
+
+#[test]
 fn bench_for_a_time_starts_calls_until_then() {
     let ended = run(&["--url", MEMORY, "bench", "s", "--duration", "300ms"]);
     assert!(ended.succeeded().text().contains("p99"), "{ended:?}");

@@ -5,6 +5,7 @@ use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
 use std::task::{self, Poll, Waker};
+use std::time::Duration;
 
 use futures_util::FutureExt;
 use futures_util::future::CatchUnwind;
@@ -91,7 +92,7 @@ impl Service {
         *now = Instant::now();
         match polled {
             Poll::Ready(handled) => {
-                self.counters.took(*now - at);
+                self.took(&delivery, *now - at);
                 let outcome = self.outcome(handled, delivery.attempt);
                 self.settle_once(self.answer(delivery, outcome))
             }
@@ -114,7 +115,7 @@ impl Service {
             Left::Settlement(answered) => answered,
             Left::Handler(mut begun) => {
                 let supervised = self.supervise(&mut begun).await;
-                self.counters.took(begun.at.elapsed());
+                self.took(&begun.delivery, begun.at.elapsed());
                 let Begun {
                     running, delivery, ..
                 } = *begun;
@@ -149,6 +150,12 @@ impl Service {
             }
             (Poll::Pending, unsent) => Some(Left::Settlement(Answered { unsent, ..answered })),
         }
+    }
+
+    fn took(&self, delivery: &Delivery, elapsed: Duration) {
+        self.counters.took(elapsed);
+        let (id, attempt) = (&delivery.request.id, delivery.attempt);
+        tracing::debug!(service = %self.name, %id, attempt, ?elapsed, "a handler has ended");
     }
 
     /// What is to be done with a request by what came of it.

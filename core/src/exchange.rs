@@ -125,7 +125,10 @@ impl Exchange<'_> {
             Try::Ended(Ended::Bad(error)) => Err(error),
             Try::SendFailed(error) => Err(send_failed(error, ticket)),
             Try::Ended(Ended::TimedOut) => Err(deadline_exceeded(self.started, ticket.executed())),
-            Try::Ended(Ended::Closed(error)) => Err(error.with_executed(ticket.executed())),
+            Try::Ended(Ended::Closed(error)) => {
+                self.give_up(attempt);
+                Err(error.with_executed(ticket.executed()))
+            }
             // The inbox was lost before this request went out: nobody has seen it, so it goes out
             // with the new address.
             Try::Ended(Ended::InboxLost(_)) if ticket.withdraw() => return None,

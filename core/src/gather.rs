@@ -11,7 +11,7 @@ use tokio::time::{Instant, timeout_at};
 use crate::call::Call;
 use crate::client::Client;
 use crate::envelope::{CorrelationId, Deadline, Outcome, Reply, Request};
-use crate::error::{Error, Executed};
+use crate::error::{Error, ErrorKind, Executed};
 use crate::exchange::{Exchange, deadline_exceeded};
 use crate::given_up::Lost;
 use crate::listeners::{Listening, Wants};
@@ -156,7 +156,10 @@ impl<Out> Gathering<'_, Out> {
             is_unwanted: true,
         };
         let result = self.gather(&mut listening, &mut slot).await;
-        asked.is_unwanted = result.is_ok() && !self.is_complete();
+        asked.is_unwanted = match &result {
+            Ok(()) => !self.is_complete(),
+            Err(error) => error.kind() == ErrorKind::Closed,
+        };
         result.map(|()| self.finish())
     }
 

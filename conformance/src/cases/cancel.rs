@@ -15,6 +15,7 @@ use crate::case::{Stop, Verdict, cases};
 
 cases!("cancel": [
     dropped_call_cancels_its_handler: G7,
+    closed_client_cancels_its_handlers: G7,
     cancelled_while_running: G5,
     cancelled_while_queued: G5,
     given_up_is_not_started: G4,
@@ -84,6 +85,30 @@ async fn dropped_call_cancels_its_handler(bench: Bench) -> Verdict {
     let dropped = within("the call is dropped", PROMPT, call).await?;
     ensure("the call", dropped.is_err(), "it was dropped in time")?;
     same("what waits afterwards", client.stats().pending, 0)
+}
+
+async fn closed_client_cancels_its_handlers(bench: Bench) -> Verdict {
+    let service = bench.service("closed")?;
+    let (sender, mut receiver) = mpsc::unbounded_channel();
+    let _server = start(bench.server().await?.handle_raw(&service, telling(&sender))).await?;
+    let client = bench.client().await?;
+    let call = tokio::spawn(client.call_raw(&service, "").into_future());
+    let asked = tokio::spawn(client.ask_all_raw(&service, "").into_future());
+    said(&mut receiver, "started", PROMPT).await?;
+    said(&mut receiver, "started", PROMPT).await?;
+    within("the client is closed", PROMPT, client.close()).await?;
+    said(&mut receiver, "cancelled", TOLD + LATE).await?;
+    said(&mut receiver, "cancelled", TOLD + LATE).await?;
+    let result = ended("a call of a closed client", PROMPT, call).await?;
+    is_error(
+        "a call of a closed client",
+        result,
+        ErrorKind::Closed,
+        Executed::Maybe,
+    )?;
+    let result = ended("an ask-all of a closed client", PROMPT, asked).await?;
+    let kind = result.err().map(|error| error.kind());
+    same("how it ends", kind, Some(ErrorKind::Closed))
 }
 
 async fn cancelled_while_running(bench: Bench) -> Verdict {

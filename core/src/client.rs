@@ -240,7 +240,7 @@ impl Client {
         self.inner.pending.address()
     }
 
-    /// Ends all calls that wait with `Closed`, and removes the inbox. Idempotent. The transport stays open.
+    /// Ends all calls that wait with `Closed`, as given up, and removes the inbox. Idempotent. The transport stays open.
     pub async fn close(&self) {
         self.end();
         self.inner.ended.cancelled().await;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use antiphon_core::{Client, Context, ErrorKind, Executed, Fault, ServiceName};
+use antiphon_core::{Client, Context, ErrorKind, Executed, Fault, ServiceName, Signals};
 use bytes::Bytes;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::Instant;
@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::bench::*;
 use crate::case::{Stop, Verdict, cases};
+use crate::peers::*;
 
 cases!("cancel": [
     dropped_call_cancels_its_handler: G7,
@@ -292,17 +293,14 @@ async fn vanished_caller_cancels_its_handler(bench: Bench) -> Verdict {
             .handle_raw(&service, telling(&sender)),
     )
     .await?;
-    let client = bench.client().await?;
-    let call = tokio::spawn(
-        client
-            .call_raw(&service, "")
-            .timeout(Duration::from_secs(600))
-            .into_future(),
-    );
+    // By the bare transport: a client that goes says so, and one whose process dies does not.
+    let caller = bench.connect().await?.transport;
+    let inbox = Inbox::open(&caller).await?;
+    let mut request = request(Duration::from_secs(600), "", Some(inbox.address()));
+    request.signals = Signals::Running;
+    send(&caller, &service, request).await?;
     said(&mut receiver, "started", PROMPT).await?;
-    // As if its process had died: nobody is left to say so.
-    within("close the client", PROMPT, client.close()).await?;
-    let _ = ended("the call of a closed client", PROMPT, call).await?;
+    drop(inbox);
     said(&mut receiver, "cancelled", 3 * beat + PROMPT).await
 }
 

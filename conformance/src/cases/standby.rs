@@ -15,6 +15,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::bench::*;
 use crate::case::{Stop, Verdict, cases};
+use crate::harness::Connected;
 use crate::peers::Requests;
 
 cases!("standby": [
@@ -344,17 +345,27 @@ async fn standby_has_all_or_none(bench: Bench) -> Verdict {
     Ok(())
 }
 
+/// Cuts the owner off until who stands by has taken over.
+async fn succeeds(
+    owner: &Connected,
+    heir: JoinHandle<Result<RunningServer, Error>>,
+    bound: Duration,
+) -> Verdict<RunningServer> {
+    owner.link.sever().await?;
+    let heir = ended("who stands by", bound, heir).await?;
+    let heir = ok("take over", async { heir }).await?;
+    owner.link.restore().await?;
+    Ok(heir)
+}
+
 async fn standby_owns_a_second_time(bench: Bench) -> Verdict {
     let service = bench.service("again")?;
     let connected = bench.connect().await?;
-    let first = Server::new(connected.transport).standby();
+    let first = Server::new(Arc::clone(&connected.transport)).standby();
     let mut first = start(named_server(first, &service, "first")).await?;
     let second = standing_by(&bench, &service, "second").await?;
     let bound = bench.bounds().take_over + PROMPT;
-    connected.link.sever().await?;
-    let second = ended("who stands by", bound, second).await?;
-    let second = ok("take over", async { second }).await?;
-    connected.link.restore().await?;
+    let second = succeeds(&connected, second, bound).await?;
     let client = bench.client().await?;
     let answers = async |name: &'static str| -> Verdict {
         let reply = ok_within("call", bound, client.call_raw(&service, "")).await?;
@@ -385,10 +396,7 @@ async fn standby_answers_for_nobody(bench: Bench) -> Verdict {
     );
     let second = tokio::spawn(second.start());
     let bound = bench.bounds().take_over + PROMPT;
-    connected.link.sever().await?;
-    let second = ended("who stands by", bound, second).await?;
-    let second = ok("take over", async { second }).await?;
-    connected.link.restore().await?;
+    let second = succeeds(&connected, second, bound).await?;
     let client = bench.client().await?;
     let mut shown = first.engagement();
     let disengaged = |now: &Engagement| matches!(now, Engagement::Disengaged { .. });

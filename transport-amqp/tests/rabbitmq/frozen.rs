@@ -200,6 +200,18 @@ pub(crate) async fn a_server_that_was_frozen_leaves_its_requests_to_others(bench
     assert!(ran.try_recv().is_err(), "each ran once");
 }
 
+/// Runs it on a runtime of its own, which it may hold up.
+fn on_its_own_thread(
+    run: impl Future<Output = ()> + Send + 'static,
+) -> std::thread::JoinHandle<()> {
+    std::thread::spawn(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build();
+        runtime.unwrap().block_on(run);
+    })
+}
+
 /// Its runtime stands still for longer than it may be sure, and the broker waits for longer than that: it asks, and goes on.
 pub(crate) async fn a_server_that_hung_for_a_while_goes_on(bench: Bench) {
     let service = fresh("hung");
@@ -210,22 +222,17 @@ pub(crate) async fn a_server_that_hung_for_a_while_goes_on(bench: Bench) {
     let (stop, stopped) = oneshot::channel::<()>();
     let served = service.clone();
     let (ran, mut has_run) = oneshot::channel();
-    let hanging = std::thread::spawn(move || {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build();
-        runtime.unwrap().block_on(async move {
-            let transport = Arc::new(AmqpTransport::connect(config).await.unwrap());
-            let (server, mut told) = telling(transport, &served);
-            let server = server.start().await.unwrap();
-            started.send(()).unwrap();
-            let _ = hangs.recv();
-            all(&mut told).await;
-            ran.send(()).unwrap();
-            let _ = stopped.await;
-            assert!(told.try_recv().is_err(), "each ran once");
-            server.shutdown().await.unwrap();
-        });
+    let hanging = on_its_own_thread(async move {
+        let transport = Arc::new(AmqpTransport::connect(config).await.unwrap());
+        let (server, mut told) = telling(transport, &served);
+        let server = server.start().await.unwrap();
+        started.send(()).unwrap();
+        let _ = hangs.recv();
+        all(&mut told).await;
+        ran.send(()).unwrap();
+        let _ = stopped.await;
+        assert!(told.try_recv().is_err(), "each ran once");
+        server.shutdown().await.unwrap();
     });
     is_started.await.unwrap();
     let since = Instant::now();
@@ -256,24 +263,19 @@ pub(crate) async fn a_newcomer_gets_the_service_of_an_owner_that_hangs(bench: Be
     let (release, released) = std::sync::mpsc::channel::<()>();
     let released = Arc::new(Mutex::new(released));
     let served = service.clone();
-    let hanging = std::thread::spawn(move || {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build();
-        runtime.unwrap().block_on(async move {
-            let transport = Arc::new(AmqpTransport::connect(config).await.unwrap());
-            let server = Server::new(transport)
-                .exclusive()
-                .prefetch(2 * REQUESTS)
-                .handle_raw(&served, move |_: Bytes| {
-                    hangs.send(()).unwrap();
-                    // As long as the case at the most: it ends its sender.
-                    let _ = released.lock().unwrap().recv();
-                    async { Ok::<_, Fault>("owner") }
-                });
-            let mut server = server.start().await.unwrap();
-            over.send(server.over().await.kind()).unwrap();
-        });
+    let hanging = on_its_own_thread(async move {
+        let transport = Arc::new(AmqpTransport::connect(config).await.unwrap());
+        let server = Server::new(transport)
+            .exclusive()
+            .prefetch(2 * REQUESTS)
+            .handle_raw(&served, move |_: Bytes| {
+                hangs.send(()).unwrap();
+                // As long as the case at the most: it ends its sender.
+                let _ = released.lock().unwrap().recv();
+                async { Ok::<_, Fault>("owner") }
+            });
+        let mut server = server.start().await.unwrap();
+        over.send(server.over().await.kind()).unwrap();
     });
     does_hang.recv().await.unwrap();
     bench.messages(&service, 0).await;

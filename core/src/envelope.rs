@@ -36,11 +36,10 @@ impl CorrelationId {
     /// # Errors
     /// [`ErrorKind::Invalid`] if it is empty, longer than 255 bytes or not printable ASCII.
     pub fn parse(text: &str) -> Result<Self, Error> {
-        // Only the spelling that we write ourselves may become a number: any other would come back changed.
-        if let Ok(uuid) = Uuid::try_parse(text)
-            && *uuid.hyphenated().encode_lower(&mut Uuid::encode_buffer()) == *text
+        if let Ok(bytes) = text.as_bytes().try_into()
+            && let Some(id) = Self::parse_uuid(bytes)
         {
-            return Ok(Self(Id::Uuid(uuid)));
+            return Ok(id);
         }
         if name::is_short_text(text) {
             Ok(Self(Id::Foreign(text.into())))
@@ -50,6 +49,28 @@ impl CorrelationId {
                 text,
                 "1 to 255 bytes of printable ASCII",
             ))
+        }
+    }
+
+    /// Takes an id of ours from the wire, as [`uuid_text`](Self::uuid_text) gives it. `None` for any other spelling: as a number it would
+    /// come back changed.
+    #[must_use]
+    pub fn parse_uuid(text: &[u8; 36]) -> Option<Self> {
+        // All of it: that is faster than to stop at the first.
+        let upper = text
+            .iter()
+            .fold(false, |upper, byte| upper | byte.is_ascii_uppercase());
+        // Of this length only the spelling with hyphens is one.
+        let uuid = Uuid::try_parse_ascii(text).ok()?;
+        (!upper).then_some(Self(Id::Uuid(uuid)))
+    }
+
+    /// An id of ours as it is on the wire, a UUID in lower case with hyphens; `None` for a foreign one.
+    #[must_use]
+    pub fn uuid_text(&self) -> Option<[u8; 36]> {
+        match &self.0 {
+            Id::Uuid(uuid) => Some(hyphenated(uuid.as_u128())),
+            Id::Foreign(_) => None,
         }
     }
 
@@ -85,6 +106,35 @@ impl fmt::Debug for CorrelationId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.with_str(|text| fmt::Debug::fmt(text, f))
     }
+}
+
+/// A number as a UUID in lower case, with hyphens.
+fn hyphenated(number: u128) -> [u8; 36] {
+    let mut text = [b'-'; 36];
+    let mut digits = [0; 32];
+    for (eight, shift) in digits.chunks_exact_mut(8).zip([96, 64, 32, 0]) {
+        // The 32 bits at that place, which is all that the cast keeps.
+        eight.copy_from_slice(&eight_digits((number >> shift) as u32));
+    }
+    text[..8].copy_from_slice(&digits[..8]);
+    text[9..13].copy_from_slice(&digits[8..12]);
+    text[14..18].copy_from_slice(&digits[12..16]);
+    text[19..23].copy_from_slice(&digits[16..20]);
+    text[24..].copy_from_slice(&digits[20..]);
+    text
+}
+
+/// The hexadecimal digits of a number in lower case, all eight at once.
+fn eight_digits(number: u32) -> [u8; 8] {
+    // Four bits to a byte.
+    let mut digits = u64::from(number);
+    digits = (digits | (digits << 16)) & 0x0000_ffff_0000_ffff;
+    digits = (digits | (digits << 8)) & 0x00ff_00ff_00ff_00ff;
+    digits = (digits | (digits << 4)) & 0x0f0f_0f0f_0f0f_0f0f;
+    // A one in each byte that is ten or more: six more carry it into the fifth bit.
+    let letters = ((digits + 0x0606_0606_0606_0606) >> 4) & 0x0101_0101_0101_0101;
+    let text = digits + 0x3030_3030_3030_3030 + letters * u64::from(b'a' - b'0' - 10);
+    text.to_be_bytes()
 }
 
 /// When the caller stops waiting: a point in time by its own wall clock, and the budget that was left when it sent.
@@ -326,12 +376,42 @@ mod tests {
             assert_eq!(id.to_string(), text);
             assert_eq!(id.as_u128(), None);
         }
+        assert!(CorrelationId::parse("1").unwrap().uuid_text().is_none());
         let lower = upper.to_lowercase();
         let id = CorrelationId::parse(&lower).unwrap();
         assert_eq!(id.to_string(), lower);
         assert_eq!(id, CorrelationId::from_u128(id.as_u128().unwrap()));
         assert!(CorrelationId::parse("").is_err());
         assert!(CorrelationId::parse(&"x".repeat(256)).is_err());
+    }
+
+    /// The library of UUIDs is the judge.
+    #[test]
+    fn an_id_of_ours_is_a_uuid_in_lower_case_with_hyphens() {
+        let digits = (0..16).map(|digit: u128| digit << (4 * digit) | digit << (124 - 4 * digit));
+        let random = (0..1000).map(|_| Uuid::new_v4().as_u128());
+        for number in digits.chain([0, u128::MAX]).chain(random) {
+            let uuid = Uuid::from_u128(number);
+            let id = CorrelationId::from_u128(number);
+            let text = id.uuid_text().unwrap();
+            assert_eq!(text, *uuid.hyphenated().to_string().as_bytes());
+            assert_eq!(CorrelationId::parse_uuid(&text), Some(id));
+            // Any other byte at any place is another id, or none of ours.
+            let place = (number % 36) as usize;
+            for byte in 0..=u8::MAX {
+                let mut other = text;
+                other[place] = byte;
+                let parsed = CorrelationId::parse_uuid(&other);
+                let expected = str::from_utf8(&other)
+                    .ok()
+                    .and_then(|text| Uuid::try_parse(text).ok())
+                    .filter(|uuid| uuid.hyphenated().to_string().as_bytes() == other);
+                assert_eq!(
+                    parsed.and_then(|id| id.as_u128()),
+                    expected.map(|uuid| uuid.as_u128())
+                );
+            }
+        }
     }
 
     #[test]

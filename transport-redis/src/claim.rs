@@ -1,5 +1,6 @@
 //! From what a claim answered to deliveries.
 
+use std::iter;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,6 +14,7 @@ use crate::command::Pipeline;
 use crate::connection::Backoff;
 use crate::frame::{self, BadFrame, RequestFrame};
 use crate::naming::InboxKeys;
+use crate::scan::Last;
 use crate::session::{Session, Token};
 use crate::settlement::{Hold, RedisSettlement};
 use crate::subscription::Taken;
@@ -66,68 +68,66 @@ impl Claimed {
     }
 }
 
-/// What was decoded, and where its body is.
-struct Decoded {
-    taken: Taken,
-    apart: Option<String>,
-}
-
-/// Decodes what was claimed at `now`, by the clock of Redis. What cannot be decoded is buried, and its caller told.
+/// Decodes what was claimed at `now`, by the clock of Redis, under tokens that count up from the `first`. What cannot be decoded is
+/// buried, and its caller told.
 pub(crate) async fn deliveries(
     shared: &Arc<Shared>,
     session: &Arc<Session>,
-    work: Vec<(Token, Bytes)>,
+    first: Token,
+    frames: Vec<Bytes>,
     now: u64,
+    last: &mut Last,
     stopping: &CancellationToken,
 ) -> Vec<Taken> {
-    let mut decoded = Vec::with_capacity(work.len());
-    let mut any_apart = false;
-    let mut last = None;
+    let mut taken = Vec::with_capacity(frames.len());
+    let mut apart = Vec::new();
     let started = Instant::now();
-    for (token, frame) in work {
+    for (number, frame) in (first.number..).zip(frames) {
         let hold = Hold {
             shared: Arc::clone(shared),
             session: Arc::clone(session),
-            token,
+            token: Token { number, ..first },
             reply_to: None,
             body: None,
             keep: QUEUE_TTL,
             expires: None,
             received: false,
         };
-        match frame::decode_request(frame) {
-            Ok(frame) => {
-                any_apart |= frame.apart.is_some();
-                decoded.extend(take(hold, frame, now, started, &mut last));
+        match frame::decode_request(frame, last) {
+            Ok(mut frame) => {
+                let body = frame.apart.take().map(|id| session.keys.body(&id));
+                let index = taken.len();
+                taken.extend(take(hold, frame, body.clone(), now, started, last));
+                if taken.len() > index {
+                    apart.extend(body.map(|key| Apart { index, key }));
+                }
             }
             Err(bad) => bury(hold, &bad),
         }
     }
-    if any_apart {
-        fetch(shared, session, &mut decoded, stopping).await;
+    if apart.is_empty() {
+        return taken;
     }
-    decoded.into_iter().map(|decoded| decoded.taken).collect()
+    fetch(shared, session, taken, &apart, stopping).await
 }
 
-/// Decoded at `started` by our clock, which is `now` by that of Redis. Most of a batch comes from the `last` client.
+/// Decoded at `started` by our clock, which is `now` by that of Redis; `body` is the key of its body, if it has one.
 fn take(
     mut hold: Hold,
     frame: RequestFrame,
+    body: Option<String>,
     now: u64,
     started: Instant,
-    last: &mut Option<InboxKeys>,
-) -> Option<Decoded> {
+    last: &mut Last,
+) -> Option<Taken> {
     let RequestFrame {
         mut request,
         expiry,
-        apart,
+        ..
     } = frame;
     if let Some(address) = &request.reply_to {
         // Before anything is done with it: an address is the name of a key.
-        if last.as_ref().is_none_or(|last| last.address() != address) {
-            *last = InboxKeys::parse(address);
-        }
-        hold.reply_to = last.clone();
+        hold.reply_to = last.inbox(address);
         if hold.reply_to.is_none() {
             let reason = "the reply address is not one of this transport".to_owned();
             bury(
@@ -147,7 +147,7 @@ fn take(
         None => expiry.budget.map(Duration::from_millis),
     };
     if let (Some(left), Some(deadline), None) = (left, request.deadline, expiry.budget) {
-        request.deadline = Some(Deadline {
+        Arc::make_mut(&mut request).deadline = Some(Deadline {
             budget: left,
             ..deadline
         });
@@ -157,21 +157,15 @@ fn take(
             .saturating_add(hold.shared.config.inbox_ttl)
             .min(QUEUE_TTL);
     }
-    let apart = apart.map(|id| hold.session.keys.body(&id));
-    hold.body = apart.clone();
+    hold.body = body;
     let expires = left.map(|left| started.checked_add(left).unwrap_or(started + QUEUE_TTL));
     hold.expires = expires;
-    let (attempt, lease) = (hold.token.attempt, hold.session.lease.clone());
-    let settlement = RedisSettlement::new(hold);
-    Some(Decoded {
-        taken: Taken {
-            request,
-            attempt,
-            expires,
-            lease,
-            settlement,
-        },
-        apart,
+    Some(Taken {
+        request,
+        attempt: hold.token.attempt,
+        expires,
+        lease: Arc::clone(&hold.session.lease),
+        settlement: Box::new(RedisSettlement::new(hold)),
     })
 }
 
@@ -190,52 +184,56 @@ fn bury(mut hold: Hold, bad: &BadFrame) {
     RedisSettlement::new(hold).bury(&format!("undecodable: {}", bad.reason), reply.as_ref());
 }
 
+/// A body that has its own key.
+struct Apart {
+    /// Of its request.
+    index: usize,
+    key: String,
+}
+
 /// Fetches the bodies that have their own keys. What is not fetched when the lease ends or the subscription is stopped goes
 /// back.
 async fn fetch(
     shared: &Shared,
     session: &Session,
-    decoded: &mut Vec<Decoded>,
+    taken: Vec<Taken>,
+    apart: &[Apart],
     stopping: &CancellationToken,
-) {
-    let (apart, mut whole): (Vec<Indexed>, Vec<Indexed>) = decoded
-        .drain(..)
-        .enumerate()
-        .partition(|(_, decoded)| decoded.apart.is_some());
-    let mut trips: Vec<Vec<Indexed>> = Vec::new();
-    for one in apart {
-        match trips.last_mut().filter(|trip| trip.len() < FETCH) {
-            Some(trip) => trip.push(one),
-            None => trips.push(vec![one]),
+) -> Vec<Taken> {
+    let mut taken: Vec<Option<Taken>> = taken.into_iter().map(Some).collect();
+    // While one answer is read, Redis writes the next.
+    let trips: Vec<_> = apart
+        .chunks(FETCH)
+        .map(|few| async move { (few, fetch_few(shared, session, few, stopping).await) })
+        .collect();
+    let mut fetched = stream::iter(trips).buffer_unordered(TRIPS);
+    while let Some((few, answers)) = fetched.next().await {
+        // None for those that go back.
+        let answers = answers.into_iter().map(Some).chain(iter::repeat(None));
+        for (Apart { index, .. }, answer) in few.iter().zip(answers) {
+            if let Some(slot) = taken.get_mut(*index)
+                && let Some(bodiless) = slot.take()
+            {
+                *slot = answer.and_then(|answer| complete(bodiless, answer));
+            }
         }
     }
-    // While one answer is read, Redis writes the next.
-    let mut fetched = stream::iter(trips)
-        .map(|trip| fetch_few(shared, session, trip, stopping))
-        .buffer_unordered(TRIPS);
-    while let Some(few) = fetched.next().await {
-        whole.extend(few);
-    }
-    whole.sort_by_key(|(index, _)| *index);
-    decoded.extend(whole.into_iter().map(|(_, decoded)| decoded));
+    taken.into_iter().flatten().collect()
 }
 
-/// What was decoded, and its place in the batch.
-type Indexed = (usize, Decoded);
-
-/// Fetches bodies in one trip, which is tried until it succeeds.
+/// Fetches bodies in one trip, which is tried until it succeeds. Gives no answers if the lease ends or the subscription is stopped.
 async fn fetch_few(
     shared: &Shared,
     session: &Session,
-    few: Vec<Indexed>,
+    few: &[Apart],
     stopping: &CancellationToken,
-) -> Vec<Indexed> {
+) -> Vec<Value> {
     let mut backoff = Backoff::default();
     let mut pipeline = Pipeline::new();
-    for (_, decoded) in &few {
-        pipeline.cmd("GET").arg(&decoded.apart);
+    for Apart { key, .. } in few {
+        pipeline.cmd("GET").arg(key);
     }
-    let answers = loop {
+    loop {
         let mut link = shared.link.clone();
         let ready = session.lease.run_until_cancelled(link.ready(stopping));
         let Some(Some(live)) = ready.await else {
@@ -243,7 +241,7 @@ async fn fetch_few(
         };
         match live.execute(&pipeline).await {
             Ok(answers) if error::first_refusal(&answers).is_none_or(error::is_lasting) => {
-                break answers;
+                return answers;
             }
             Ok(_) => {
                 let pause = session.lease.run_until_cancelled(backoff.pause());
@@ -253,36 +251,23 @@ async fn fetch_few(
             }
             Err(error) => tracing::debug!(%error, "bodies are fetched again"),
         }
-    };
-    let mut whole = Vec::with_capacity(few.len());
-    for ((index, mut decoded), answer) in few.into_iter().zip(answers) {
-        match answer {
-            Value::BulkString(body) => {
-                decoded.taken.request.body = body;
-                whole.push((index, decoded));
-            }
-            // It expired with the request, which nobody will start.
-            _ if decoded
-                .taken
-                .expires
-                .is_some_and(|expires| expires <= Instant::now()) =>
-            {
-                whole.push((index, decoded))
-            }
-            _ => {
-                let Taken {
-                    request,
-                    attempt,
-                    settlement,
-                    ..
-                } = decoded.taken;
-                let fault = Fault::new(Code::DataLoss, "the broker lost the request's body");
-                settlement.bury(
-                    "its body is gone",
-                    Some(&Reply::fault(request.id, fault, executed(attempt))),
-                );
-            }
+    }
+}
+
+/// Gives a request its body. Without one it is buried, unless it has expired.
+fn complete(mut taken: Taken, answer: Value) -> Option<Taken> {
+    match answer {
+        Value::BulkString(body) => Arc::make_mut(&mut taken.request).body = body,
+        // It expired with the request, which nobody will start.
+        _ if taken
+            .expires
+            .is_some_and(|expires| expires <= Instant::now()) => {}
+        _ => {
+            let fault = Fault::new(Code::DataLoss, "the broker lost the request's body");
+            let reply = Reply::fault(taken.request.id.clone(), fault, executed(taken.attempt));
+            taken.settlement.bury("its body is gone", Some(&reply));
+            return None;
         }
     }
-    whole
+    Some(taken)
 }

@@ -7,6 +7,7 @@
 //! is ignored.
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use antiphon_core::{
@@ -17,7 +18,7 @@ use bytes::{Buf, Bytes};
 
 use crate::head::{Line, Pairs, ReplyHead, RequestHead, write_text};
 use crate::naming;
-use crate::scan;
+use crate::scan::{self, Last};
 
 const VERSION: u32 = 1;
 
@@ -33,8 +34,8 @@ pub(crate) struct Expiry {
 /// A request as it was on the wire.
 #[derive(Debug)]
 pub(crate) struct RequestFrame {
-    /// The request; its body is empty if it is apart.
-    pub(crate) request: Request,
+    /// The request; its body is empty if it is apart. Nobody else has it yet.
+    pub(crate) request: Arc<Request>,
     pub(crate) expiry: Expiry,
     /// The id of the key that holds the body.
     pub(crate) apart: Option<String>,
@@ -43,8 +44,8 @@ pub(crate) struct RequestFrame {
 /// A reply as it was on the wire.
 #[derive(Debug)]
 pub(crate) struct ReplyFrame {
-    /// The reply; its body is empty if it is apart.
-    pub(crate) reply: Reply,
+    /// The reply; its body is empty if it is apart. Nobody else has it yet.
+    pub(crate) reply: Arc<Reply>,
     /// The id of the key that holds the body.
     pub(crate) apart: Option<String>,
 }
@@ -106,22 +107,22 @@ fn encode(
         _ => Line::new(&request.id, out),
     };
     if let Some(reply_to) = &request.reply_to {
-        line.text("to", reply_to.as_str());
+        line.text(br#","to":"#, reply_to.as_str());
     }
     if let Some(at) = expiry.at {
-        line.number("exp", at);
+        line.number(br#","exp":"#, at);
     }
     if let Some(budget) = expiry.budget {
-        line.number("ttl", budget);
+        line.number(br#","ttl":"#, budget);
     }
     if request.signals == Signals::Offer {
-        line.number("of", 1);
+        line.number(br#","of":"#, 1);
     }
     if let Some(method) = &request.method {
-        line.text("m", method.as_str());
+        line.text(br#","m":"#, method.as_str());
     }
     if let Some(service) = service {
-        line.text("s", service.as_str());
+        line.text(br#","s":"#, service.as_str());
     }
     line.common(request.content_type.as_ref(), &request.headers, apart);
     line.end(if apart.is_some() { &[] } else { &request.body });
@@ -134,16 +135,16 @@ pub(crate) fn encode_reply(reply: &Reply, apart: Option<&str>, out: &mut Vec<u8>
         Outcome::Fault { fault, executed } => {
             // A fault is made of text and numbers only, so it always has a JSON form.
             line.raw(
-                "err",
+                br#","err":"#,
                 &serde_json::to_vec(fault).unwrap_or_else(|_| b"{\"code\":\"unknown\"}".to_vec()),
             );
-            line.text("ran", executed.as_str());
+            line.text(br#","ran":"#, executed.as_str());
         }
-        Outcome::Signal(signal) => line.raw("sig", signal.to_text().as_bytes()),
+        Outcome::Signal(signal) => line.raw(br#","sig":"#, signal.to_text().as_bytes()),
         _ => {}
     }
     if let Some(node) = &reply.node {
-        line.text("n", node.as_str());
+        line.text(br#","n":"#, node.as_str());
     }
     line.common(reply.content_type.as_ref(), &reply.headers, apart);
     line.end(if apart.is_some() { &[] } else { &reply.body });
@@ -157,57 +158,68 @@ pub(crate) fn beginnings(id: &CorrelationId) -> [Vec<u8>; 2] {
     [ours, plain]
 }
 
-/// Reads a request.
-pub(crate) fn decode_request(frame: Bytes) -> Result<RequestFrame, BadFrame> {
+/// Reads a request. What the `last` one had is not made again.
+pub(crate) fn decode_request(mut frame: Bytes, last: &mut Last) -> Result<RequestFrame, BadFrame> {
+    match scan::request(&mut frame, last) {
+        Some(request) => Ok(request),
+        None => decode_any_request(frame),
+    }
+}
+
+/// By all the rules.
+pub(crate) fn decode_any_request(frame: Bytes) -> Result<RequestFrame, BadFrame> {
     let line = line(&frame);
-    let head = match scan::scan(line).and_then(RequestHead::of) {
-        Some(head) => head,
-        None => serde_json::from_slice(line).map_err(|error| bad(line, &error))?,
-    };
-    let convert = || -> Result<RequestFrame, Error> {
+    let head: RequestHead<'_> = serde_json::from_slice(line).map_err(|error| bad(line, &error))?;
+    let convert = || -> Result<_, Error> {
         check_version(head.v)?;
         let expiry = Expiry {
             at: head.exp,
             budget: head.ttl,
         };
-        Ok(RequestFrame {
-            request: Request {
-                id: CorrelationId::parse(&head.id)?,
-                reply_to: head.to.as_deref().map(ReplyAddress::new).transpose()?,
-                deadline: deadline(expiry),
-                method: head.m.as_deref().map(Method::new).transpose()?,
-                headers: headers(&head.h)?,
-                content_type: head.ct.as_deref().map(ContentType::new).transpose()?,
-                signals: match (head.v, head.of) {
-                    (None, _) => Signals::None,
-                    (Some(_), Some(1)) => Signals::Offer,
-                    (Some(_), _) => Signals::Running,
-                },
-                body: Bytes::new(),
+        let request = Request {
+            id: CorrelationId::parse(&head.id)?,
+            reply_to: head.to.as_deref().map(ReplyAddress::new).transpose()?,
+            deadline: deadline(expiry),
+            method: head.m.as_deref().map(Method::new).transpose()?,
+            headers: headers(&head.h)?,
+            content_type: head.ct.as_deref().map(ContentType::new).transpose()?,
+            signals: match (head.v, head.of) {
+                (None, _) => Signals::None,
+                (Some(_), Some(1)) => Signals::Offer,
+                (Some(_), _) => Signals::Running,
             },
-            expiry,
-            apart: apart(head.at.as_deref())?,
-        })
+            body: Bytes::new(),
+        };
+        Ok((request, expiry, apart(head.at.as_deref())?))
     };
-    let mut decoded = convert().map_err(|error| bad(line, &error.message()))?;
+    let (mut request, expiry, apart) = convert().map_err(|error| bad(line, &error.message()))?;
     let head = line.len();
-    decoded.request.body = behind(frame, head);
-    Ok(decoded)
+    request.body = behind(frame, head);
+    Ok(RequestFrame {
+        request: Arc::new(request),
+        expiry,
+        apart,
+    })
 }
 
 /// Reads what arrived at an inbox.
-pub(crate) fn decode_letter(frame: Bytes) -> Result<Letter, BadFrame> {
+pub(crate) fn decode_letter(mut frame: Bytes) -> Result<Letter, BadFrame> {
+    match scan::reply(&mut frame) {
+        Some(reply) => Ok(Letter::Reply(reply)),
+        None => decode_any_letter(frame),
+    }
+}
+
+/// By all the rules.
+pub(crate) fn decode_any_letter(frame: Bytes) -> Result<Letter, BadFrame> {
     let line = line(&frame);
-    let head = match scan::scan(line).and_then(ReplyHead::of) {
-        Some(head) => head,
-        None => serde_json::from_slice(line).map_err(|error| bad(line, &error))?,
-    };
+    let head: ReplyHead<'_> = serde_json::from_slice(line).map_err(|error| bad(line, &error))?;
     if let Some(service) = &head.s {
         let service = ServiceName::new(service).map_err(|error| bad(line, &error.message()))?;
-        let frame = decode_request(frame)?;
+        let frame = decode_any_request(frame)?;
         return Ok(Letter::Request { service, frame });
     }
-    let convert = || -> Result<Option<ReplyFrame>, Error> {
+    let convert = || -> Result<_, Error> {
         check_version(head.v)?;
         let executed = head.ran.as_deref().map_or(Executed::Maybe, Executed::parse);
         let outcome = match (&head.sig, &head.err) {
@@ -221,24 +233,26 @@ pub(crate) fn decode_letter(frame: Bytes) -> Result<Letter, BadFrame> {
             },
             (None, None) => Outcome::Value,
         };
-        Ok(Some(ReplyFrame {
-            reply: Reply {
-                id: CorrelationId::parse(&head.id)?,
-                outcome,
-                headers: headers(&head.h)?,
-                content_type: head.ct.as_deref().map(ContentType::new).transpose()?,
-                node: head.n.as_deref().map(Node::new).transpose()?,
-                body: Bytes::new(),
-            },
-            apart: apart(head.at.as_deref())?,
-        }))
+        let reply = Reply {
+            id: CorrelationId::parse(&head.id)?,
+            outcome,
+            headers: headers(&head.h)?,
+            content_type: head.ct.as_deref().map(ContentType::new).transpose()?,
+            node: head.n.as_deref().map(Node::new).transpose()?,
+            body: Bytes::new(),
+        };
+        Ok(Some((reply, apart(head.at.as_deref())?)))
     };
-    let Some(mut decoded) = convert().map_err(|error| bad(line, &error.message()))? else {
+    let converted = convert().map_err(|error| bad(line, &error.message()))?;
+    let Some((mut reply, apart)) = converted else {
         return Ok(Letter::Ignored);
     };
     let head = line.len();
-    decoded.reply.body = behind(frame, head);
-    Ok(Letter::Reply(decoded))
+    reply.body = behind(frame, head);
+    Ok(Letter::Reply(ReplyFrame {
+        reply: Arc::new(reply),
+        apart,
+    }))
 }
 
 /// The head of a dead letter; a newline and the frame as it was follow.
@@ -251,7 +265,7 @@ pub(crate) fn dead_letter_head(reason: &str, attempt: u32, at: u64) -> Vec<u8> {
 }
 
 /// The deadline behind an expiry, with `at` by the clock of Redis.
-fn deadline(expiry: Expiry) -> Option<Deadline> {
+pub(crate) fn deadline(expiry: Expiry) -> Option<Deadline> {
     // Without a budget it is what is left when it is taken, which the caller of this knows.
     let budget = Duration::from_millis(expiry.budget.or_else(|| expiry.at.map(|_| 0))?);
     let at = match expiry.at {
@@ -334,6 +348,10 @@ mod tests {
         frame
     }
 
+    fn decode_request(frame: Bytes) -> Result<RequestFrame, BadFrame> {
+        super::decode_request(frame, &mut Last::default())
+    }
+
     fn decode_reply(frame: Bytes) -> Result<ReplyFrame, BadFrame> {
         decode_letter(frame).map(|letter| match letter {
             Letter::Reply(frame) => frame,
@@ -371,7 +389,7 @@ mod tests {
         );
         let frame = decode_request(Bytes::from_static(golden)).unwrap();
         assert_eq!(frame.request.id.to_string(), ID);
-        assert_eq!(frame.request.reply_to.unwrap().as_str(), "{c1}:i");
+        assert_eq!(frame.request.reply_to.as_ref().unwrap().as_str(), "{c1}:i");
         assert_eq!(&frame.request.body[..], b"\x00\xff\n30");
         assert_eq!(frame.expiry, expiry);
         assert_eq!(
@@ -417,8 +435,8 @@ mod tests {
         assert_eq!(encode_reply(&value, None), golden);
         let back = decode_reply(Bytes::from_static(golden)).unwrap();
         assert_eq!(
-            (back.reply.outcome, &back.reply.body[..]),
-            (Outcome::Value, &b"832040"[..])
+            (&back.reply.outcome, &back.reply.body[..]),
+            (&Outcome::Value, &b"832040"[..])
         );
 
         let fault = Reply::fault(
@@ -527,8 +545,8 @@ mod tests {
         progress.body = Bytes::from_static(b"7");
         let back = decode_reply(Bytes::from(encode_reply(&progress, None))).unwrap();
         assert_eq!(
-            (back.reply.outcome, back.reply.body),
-            (progress.outcome, progress.body)
+            (&back.reply.outcome, &back.reply.body),
+            (&progress.outcome, &progress.body)
         );
         for unknown in ["{\"signal\":\"later\",\"node\":\"n1\"}", "5", "\"x\"", "{}"] {
             let line = format!("{{\"v\":1,\"id\":\"7\",\"sig\":{unknown}}}\n");

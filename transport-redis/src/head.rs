@@ -1,13 +1,11 @@
 //! The head of a frame: its line of JSON, as it is read and as it is written.
 
 use std::borrow::Cow;
-use std::fmt::{self, Write as _};
+use std::fmt;
 
 use antiphon_core::{ContentType, CorrelationId, Fault, Headers};
 use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
-
-use crate::scan::Flat;
 
 #[derive(Deserialize)]
 pub(crate) struct RequestHead<'a> {
@@ -33,23 +31,6 @@ pub(crate) struct RequestHead<'a> {
     pub(crate) at: Option<Cow<'a, str>>,
 }
 
-impl<'a> RequestHead<'a> {
-    pub(crate) fn of(flat: Flat<'a>) -> Option<Self> {
-        Some(Self {
-            v: flat.version.map(u32::try_from).transpose().ok()?,
-            id: flat.id?.into(),
-            to: flat.to.map(Cow::from),
-            exp: flat.exp,
-            ttl: flat.ttl,
-            of: None,
-            m: flat.method.map(Cow::from),
-            ct: flat.content_type.map(Cow::from),
-            h: Pairs::default(),
-            at: flat.apart.map(Cow::from),
-        })
-    }
-}
-
 #[derive(Deserialize)]
 pub(crate) struct ReplyHead<'a> {
     #[serde(default)]
@@ -73,23 +54,6 @@ pub(crate) struct ReplyHead<'a> {
     pub(crate) h: Pairs<'a>,
     #[serde(borrow, default)]
     pub(crate) at: Option<Cow<'a, str>>,
-}
-
-impl<'a> ReplyHead<'a> {
-    pub(crate) fn of(flat: Flat<'a>) -> Option<Self> {
-        Some(Self {
-            v: flat.version.map(u32::try_from).transpose().ok()?,
-            id: flat.id?.into(),
-            err: None,
-            ran: None,
-            sig: None,
-            n: None,
-            s: None,
-            ct: flat.content_type.map(Cow::from),
-            h: Pairs::default(),
-            at: flat.apart.map(Cow::from),
-        })
-    }
 }
 
 /// A JSON object of texts, in its order.
@@ -129,30 +93,41 @@ pub(crate) struct Line<'a>(&'a mut Vec<u8>);
 
 impl<'a> Line<'a> {
     pub(crate) fn new(id: &CorrelationId, out: &'a mut Vec<u8>) -> Self {
-        out.extend_from_slice(b"{\"v\":1,\"id\":");
-        id.with_str(|id| write_text(out, id));
-        Self(out)
+        Self::begin(br#"{"v":1,"id":"#, id, out)
     }
 
     /// Without the version, by which its writer says that it understands signals.
     pub(crate) fn of_plain_peer(id: &CorrelationId, out: &'a mut Vec<u8>) -> Self {
-        out.extend_from_slice(b"{\"id\":");
-        id.with_str(|id| write_text(out, id));
+        Self::begin(br#"{"id":"#, id, out)
+    }
+
+    fn begin<const N: usize>(start: &[u8; N], id: &CorrelationId, out: &'a mut Vec<u8>) -> Self {
+        out.extend_from_slice(start);
+        match id.uuid_text() {
+            Some(uuid) => {
+                out.push(b'"');
+                out.extend_from_slice(&uuid);
+                out.push(b'"');
+            }
+            None => id.with_str(|id| write_text(out, id)),
+        }
         Self(out)
     }
 
-    pub(crate) fn text(&mut self, name: &str, value: &str) {
-        self.name(name);
+    /// A member whose name comes with its comma and colon.
+    pub(crate) fn text<const N: usize>(&mut self, name: &[u8; N], value: &str) {
+        self.0.extend_from_slice(name);
         write_text(self.0, value);
     }
 
-    pub(crate) fn number(&mut self, name: &str, value: u64) {
-        self.name(name);
-        write_number(self.0, value);
+    pub(crate) fn number<const N: usize>(&mut self, name: &[u8; N], value: u64) {
+        self.0.extend_from_slice(name);
+        let mut digits = itoa::Buffer::new();
+        self.0.extend_from_slice(digits.format(value).as_bytes());
     }
 
-    pub(crate) fn raw(&mut self, name: &str, json: &[u8]) {
-        self.name(name);
+    pub(crate) fn raw<const N: usize>(&mut self, name: &[u8; N], json: &[u8]) {
+        self.0.extend_from_slice(name);
         self.0.extend_from_slice(json);
     }
 
@@ -163,10 +138,10 @@ impl<'a> Line<'a> {
         apart: Option<&str>,
     ) {
         if let Some(content_type) = content_type {
-            self.text("ct", content_type.as_str());
+            self.text(br#","ct":"#, content_type.as_str());
         }
         if !headers.is_empty() {
-            self.name("h");
+            self.0.extend_from_slice(br#","h":"#);
             for (index, (name, value)) in headers.iter().enumerate() {
                 self.0.push(if index == 0 { b'{' } else { b',' });
                 write_text(self.0, name);
@@ -176,7 +151,7 @@ impl<'a> Line<'a> {
             self.0.push(b'}');
         }
         if let Some(id) = apart {
-            self.text("at", id);
+            self.text(br#","at":"#, id);
         }
     }
 
@@ -184,47 +159,28 @@ impl<'a> Line<'a> {
         self.0.extend_from_slice(b"}\n");
         self.0.extend_from_slice(body);
     }
-
-    fn name(&mut self, name: &str) {
-        self.0.extend_from_slice(b",\"");
-        self.0.extend_from_slice(name.as_bytes());
-        self.0.extend_from_slice(b"\":");
-    }
-}
-
-/// Writes the digits of a number, without the machinery of `fmt`.
-fn write_number(out: &mut Vec<u8>, mut value: u64) {
-    let start = out.len();
-    loop {
-        // A digit always fits.
-        out.push(b'0' + (value % 10) as u8);
-        value /= 10;
-        if value == 0 {
-            break;
-        }
-    }
-    out[start..].reverse();
 }
 
 /// Writes a JSON string.
 pub(crate) fn write_text(out: &mut Vec<u8>, text: &str) {
     out.push(b'"');
+    let is_plain = |byte: u8| byte >= b' ' && byte != b'"' && byte != b'\\';
+    // All of it: that is faster than to stop at the first.
     if text
         .bytes()
-        .all(|byte| byte >= b' ' && byte != b'"' && byte != b'\\')
+        .fold(true, |plain, byte| plain & is_plain(byte))
     {
         out.extend_from_slice(text.as_bytes());
     } else {
-        let mut escaped = String::with_capacity(text.len() + 8);
-        for character in text.chars() {
-            match character {
-                '"' | '\\' => escaped.extend(['\\', character]),
-                // Writing to a string cannot fail.
-                control if control < ' ' => drop(write!(escaped, "\\u{:04x}", u32::from(control))),
-                plain => escaped.push(plain),
+        for byte in text.bytes() {
+            match byte {
+                b'"' | b'\\' => out.extend_from_slice(&[b'\\', byte]),
+                control if control < b' ' => {
+                    out.extend_from_slice(format!("\\u{control:04x}").as_bytes());
+                }
+                plain => out.push(plain),
             }
         }
-        out.extend_from_slice(escaped.as_bytes());
     }
     out.push(b'"');
 }

@@ -258,10 +258,10 @@ impl Reader {
             };
             self.bytes += bytes.len();
             let (letter, id) = match frame::decode_letter(bytes) {
-                Ok(Letter::Reply(frame)) => (Incoming::Reply(frame.reply.into()), frame.apart),
+                Ok(Letter::Reply(frame)) => (Incoming::Reply(frame.reply), frame.apart),
                 Ok(Letter::Request { service, mut frame }) => {
                     let id = frame.apart.take();
-                    let request = Arc::new(self.left_of(frame));
+                    let request = self.left_of(frame);
                     (Incoming::Request { service, request }, id)
                 }
                 Ok(Letter::Ignored) => continue,
@@ -338,7 +338,7 @@ impl Reader {
     }
 
     /// A request with what is left of its budget now.
-    fn left_of(&self, frame: RequestFrame) -> Request {
+    fn left_of(&self, frame: RequestFrame) -> Arc<Request> {
         let mut request = frame.request;
         if let (Some(at), Some(now), Some(deadline)) =
             (frame.expiry.at, self.shared.clock.now(), request.deadline)
@@ -349,7 +349,7 @@ impl Reader {
                 Some(_) => left.min(deadline.budget),
                 None => left,
             };
-            request.deadline = Some(Deadline { budget, ..deadline });
+            Arc::make_mut(&mut request).deadline = Some(Deadline { budget, ..deadline });
         }
         request
     }

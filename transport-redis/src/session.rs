@@ -17,7 +17,7 @@ pub(crate) struct Session {
     /// The key of what it holds.
     pub(crate) held_key: String,
     /// Cancelled when the lease is lost.
-    pub(crate) lease: CancellationToken,
+    pub(crate) lease: Arc<CancellationToken>,
     slots: Arc<Slots>,
     held: AtomicUsize,
     retired: AtomicBool,
@@ -30,7 +30,7 @@ impl Session {
             held_key: keys.held(&name),
             name,
             keys: Arc::clone(keys),
-            lease: CancellationToken::new(),
+            lease: Arc::default(),
             slots: Arc::clone(slots),
             held: AtomicUsize::new(0),
             retired: AtomicBool::new(false),

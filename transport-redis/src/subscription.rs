@@ -100,21 +100,28 @@ struct State {
 /// A delivery before it is received; dropped, it goes back with no attempt counted.
 #[derive(Debug)]
 pub(crate) struct Taken {
-    pub(crate) request: Request,
+    pub(crate) request: Arc<Request>,
     pub(crate) attempt: u32,
     pub(crate) expires: Option<Instant>,
-    pub(crate) lease: CancellationToken,
-    pub(crate) settlement: RedisSettlement,
+    pub(crate) lease: Arc<CancellationToken>,
+    pub(crate) settlement: Box<RedisSettlement>,
 }
 
 impl Taken {
     /// Receives those whose lease stands: what another server may have by now must not be started here.
     fn receive_all(taken: VecDeque<Self>) -> Vec<Delivery> {
         let mut deliveries = Vec::with_capacity(taken.len());
+        // Mostly all are held under one, and to ask takes its lock.
+        let mut standing: Option<Arc<CancellationToken>> = None;
         for taken in taken {
-            if !taken.lease.is_cancelled() {
-                deliveries.push(taken.receive());
+            let same = |lease| Arc::ptr_eq(lease, &taken.lease);
+            if !standing.as_ref().is_some_and(same) {
+                if taken.lease.is_cancelled() {
+                    continue;
+                }
+                standing = Some(Arc::clone(&taken.lease));
             }
+            deliveries.push(taken.receive());
         }
         deliveries
     }
@@ -126,7 +133,7 @@ impl Taken {
             self.attempt,
             self.expires,
             self.lease,
-            Box::new(self.settlement),
+            self.settlement,
         )
     }
 }
@@ -157,7 +164,7 @@ impl Buffer {
         join_all(
             left.into_iter()
                 .rev()
-                .map(|taken| Box::new(taken.settlement).settle(Settle::Release)),
+                .map(|taken| taken.settlement.settle(Settle::Release)),
         )
         .await;
     }

@@ -22,6 +22,7 @@ use crate::monitor::Watch;
 use crate::naming::ServiceKeys;
 use crate::opening::Opening;
 use crate::registration::Refusal;
+use crate::scan::Last;
 use crate::session::{Session, Slots, Token};
 use crate::subscription::Buffer;
 use crate::transport::Shared;
@@ -47,6 +48,7 @@ pub(crate) struct Taker {
     pub(crate) next: u64,
     /// The monitors know that the session may hold work.
     known: bool,
+    last: Last,
     watch: Watch,
 }
 
@@ -82,6 +84,7 @@ impl Taker {
             session: Arc::clone(&session),
             next: 0,
             known: false,
+            last: Last::default(),
             watch: Watch::new(shared, keys),
         };
         match taker.join(&session, None).await {
@@ -396,15 +399,22 @@ impl Taker {
         if !mem::replace(&mut self.known, true) {
             self.watch.warm();
         }
-        let first = self.next;
+        let first = Token {
+            number: self.next,
+            attempt: claimed.attempt.max(1),
+        };
         self.next += frames.len() as u64;
         self.session.hold(frames.len());
-        let tokens = (first..).map(|number| Token {
-            number,
-            attempt: claimed.attempt.max(1),
-        });
-        let work = tokens.zip(frames).collect();
-        let taken = claim::deliveries(&self.shared, &self.session, work, now, &self.stopping).await;
+        let taken = claim::deliveries(
+            &self.shared,
+            &self.session,
+            first,
+            frames,
+            now,
+            &mut self.last,
+            &self.stopping,
+        )
+        .await;
         self.buffer.add(taken);
         // Handlers first: those that end at once are settled before the next wait is written.
         yield_now().await;

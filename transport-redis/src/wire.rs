@@ -4,7 +4,7 @@ use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
-use bytes::{Buf, BufMut, BytesMut};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 use redis::ServerError;
 use tokio::io::AsyncRead;
 use tokio_util::io::poll_read_buf;
@@ -79,6 +79,16 @@ enum Text {
     Plain,
     Verbatim,
     Error,
+}
+
+/// What the first line of a value says.
+enum Begun {
+    /// All of it.
+    Value(Value),
+    /// How long it is.
+    String(Text, i64),
+    /// How many it has.
+    Array(Kind, i64),
 }
 
 enum Step {
@@ -174,28 +184,33 @@ impl Reader {
         let Some(end) = self.line_end()? else {
             return Ok(Step::Wait);
         };
-        let line = self.buffer.split_to(end);
-        self.buffer.advance(2);
-        let Some((&sign, rest)) = line.split_first() else {
+        let Some((&sign, rest)) = self.buffer[..end].split_first() else {
             return Err(malformed("an empty line"));
         };
-        let value = match sign {
-            b':' => Value::Int(number(rest)?),
-            b'$' => return self.begin_string(Text::Plain, rest),
-            b'*' | b'~' => return self.open(Kind::Array, rest),
-            b'+' if rest == b"OK" => Value::Okay,
-            b'+' => Value::SimpleString(String::from_utf8_lossy(rest).into_owned()),
-            b'-' => Value::ServerError(server_error(rest)?),
-            b'_' => Value::Nil,
-            b',' | b'#' | b'(' => Value::Other,
-            b'=' => return self.begin_string(Text::Verbatim, rest),
-            b'!' => return self.begin_string(Text::Error, rest),
-            b'%' => return self.open(Kind::Map, rest),
-            b'|' => return self.open(Kind::Attribute, rest),
-            b'>' if self.open.is_empty() => return self.open(Kind::Push, rest),
+        let begun = match sign {
+            b':' => Begun::Value(Value::Int(number(rest)?)),
+            b'$' => Begun::String(Text::Plain, number(rest)?),
+            b'*' | b'~' => Begun::Array(Kind::Array, number(rest)?),
+            b'+' if rest == b"OK" => Begun::Value(Value::Okay),
+            b'+' => Begun::Value(Value::SimpleString(
+                String::from_utf8_lossy(rest).into_owned(),
+            )),
+            b'-' => Begun::Value(Value::ServerError(server_error(rest)?)),
+            b'_' => Begun::Value(Value::Nil),
+            b',' | b'#' | b'(' => Begun::Value(Value::Other),
+            b'=' => Begun::String(Text::Verbatim, number(rest)?),
+            b'!' => Begun::String(Text::Error, number(rest)?),
+            b'%' => Begun::Array(Kind::Map, number(rest)?),
+            b'|' => Begun::Array(Kind::Attribute, number(rest)?),
+            b'>' if self.open.is_empty() => Begun::Array(Kind::Push, number(rest)?),
             _ => return Err(malformed("an answer of no known kind")),
         };
-        Ok(Step::Value(value))
+        self.buffer.advance(end + 2);
+        match begun {
+            Begun::Value(value) => Ok(Step::Value(value)),
+            Begun::String(kind, length) => self.begin_string(kind, length),
+            Begun::Array(kind, count) => self.open(kind, count),
+        }
     }
 
     /// Where the first line ends, if it is whole.
@@ -212,8 +227,7 @@ impl Reader {
         }
     }
 
-    fn open(&mut self, kind: Kind, count: &[u8]) -> io::Result<Step> {
-        let count = number(count)?;
+    fn open(&mut self, kind: Kind, count: i64) -> io::Result<Step> {
         if count == -1 && kind == Kind::Array {
             return Ok(Step::Value(Value::Nil));
         }
@@ -237,8 +251,7 @@ impl Reader {
         Ok(Step::Opened)
     }
 
-    fn begin_string(&mut self, kind: Text, length: &[u8]) -> io::Result<Step> {
-        let length = number(length)?;
+    fn begin_string(&mut self, kind: Text, length: i64) -> io::Result<Step> {
         if length == -1 && matches!(kind, Text::Plain) {
             return Ok(Step::Value(Value::Nil));
         }
@@ -246,6 +259,14 @@ impl Reader {
             .ok()
             .filter(|length| *length <= STRING_MAX)
             .ok_or_else(|| malformed("a string of an impossible size"))?;
+        // Most are here in one piece.
+        if let Text::Plain = kind
+            && let Some((string, [b'\r', b'\n', ..])) = self.buffer.split_at_checked(length)
+        {
+            let string = Bytes::copy_from_slice(string);
+            self.buffer.advance(length + 2);
+            return Ok(Step::Value(Value::BulkString(string)));
+        }
         let arrived = self.buffer.len().min(length);
         let in_place = length - arrived >= OWN_PLACE;
         self.behind_string = in_place;
@@ -281,11 +302,28 @@ impl Reader {
     }
 }
 
-fn number(digits: &[u8]) -> io::Result<i64> {
-    std::str::from_utf8(digits)
-        .ok()
-        .and_then(|digits| digits.parse().ok())
-        .ok_or_else(|| malformed("no number where one was due"))
+fn number(text: &[u8]) -> io::Result<i64> {
+    let (sign, digits) = match text {
+        [b'-', digits @ ..] => (-1, digits),
+        digits => (1, digits),
+    };
+    let mut value = 0_i64;
+    for digit in digits {
+        let next = match digit {
+            b'0'..=b'9' => value.checked_mul(10),
+            _ => None,
+        };
+        // With its sign: the lowest number is lower than the highest is high.
+        let with_digit = |next: i64| next.checked_add(sign * i64::from(digit - b'0'));
+        let Some(next) = next.and_then(with_digit) else {
+            return Err(malformed("no number where one was due"));
+        };
+        value = next;
+    }
+    if digits.is_empty() {
+        return Err(malformed("no number where one was due"));
+    }
+    Ok(value)
 }
 
 /// Read by the client library, which knows the codes.
@@ -347,6 +385,9 @@ mod tests {
     #[test]
     fn every_kind() {
         assert_eq!(one(b":-17\r\n"), Value::Int(-17));
+        for number in [0, 10, i64::MAX, i64::MIN] {
+            assert_eq!(one(format!(":{number}\r\n").as_bytes()), Value::Int(number));
+        }
         assert_eq!(one(b"+OK\r\n"), Value::Okay);
         assert_eq!(one(b"+zset\r\n"), Value::SimpleString("zset".into()));
         assert_eq!(one(b"$0\r\n\r\n"), string(""));
@@ -471,6 +512,10 @@ mod tests {
             "?1\r\n",
             ":\r\n",
             ":x\r\n",
+            ":-\r\n",
+            ":--1\r\n",
+            ":9223372036854775808\r\n",
+            ":-9223372036854775809\r\n",
             ":1\rx",
             ":99999999999999999999\r\n",
             "$-2\r\n",

@@ -1,6 +1,7 @@
 //! The execution of one request: refused, or handled, and settled.
 
 use std::any::Any;
+use std::mem;
 use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
@@ -65,7 +66,11 @@ impl Service {
     /// that it may wait for. `now` moves on.
     ///
     /// Nothing is woken by this: what is left must be [finished](Self::finish), which polls again.
-    pub(super) fn begin(self: &Arc<Self>, delivery: Delivery, now: &mut Instant) -> Option<Left> {
+    pub(super) fn begin(
+        self: &Arc<Self>,
+        mut delivery: Delivery,
+        now: &mut Instant,
+    ) -> Option<Left> {
         let at = *now;
         let deadline = delivery
             .expires
@@ -81,12 +86,17 @@ impl Service {
         if self.kill.is_cancelled() || delivery.lease.is_cancelled() {
             return None;
         }
+        // Nobody else reads it: a share of it would cost an allocation.
+        let body = match Arc::get_mut(&mut delivery.request) {
+            Some(request) => mem::take(&mut request.body),
+            None => delivery.request.body.clone(),
+        };
         let mut context = None;
         let mut ask = || {
             let made = context.get_or_insert_with(|| self.context(&delivery, deadline));
             Context::clone(made)
         };
-        let running = Arc::clone(handler).handle(delivery.request.body.clone(), &mut ask);
+        let running = Arc::clone(handler).handle(body, &mut ask);
         let mut running = AssertUnwindSafe(running).catch_unwind();
         let polled = poll_once(&mut running);
         *now = Instant::now();

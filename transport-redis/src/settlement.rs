@@ -132,7 +132,7 @@ impl Hold {
 
 fn encoded(reply: &Reply, apart: Option<&str>) -> Vec<u8> {
     let body = if apart.is_some() { 0 } else { reply.body.len() };
-    let mut frame = Vec::with_capacity(64 + body);
+    let mut frame = Vec::with_capacity(96 + body);
     frame::encode_reply(reply, apart, &mut frame);
     frame
 }

@@ -8,6 +8,9 @@ use redis::{RedisWrite, ToRedisArgs};
 /// A body from this size on is written from where it is; a smaller one is cheaper to copy.
 const SHARED_MIN: usize = 2048;
 
+/// What is written around an argument, at most: its length and two ends of lines.
+const AROUND: usize = 25;
+
 /// One command: its arguments are encoded as they come.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Cmd {
@@ -53,6 +56,11 @@ impl Cmd {
 impl RedisWrite for Cmd {
     fn write_arg(&mut self, argument: &[u8]) {
         self.arguments += 1;
+        let room = argument.len() + AROUND;
+        if self.encoded.capacity() - self.encoded.len() < room {
+            // Commands grow to the size of a batch: not in many steps, each of which is copied.
+            self.encoded.reserve(room.max(3 * self.encoded.len()));
+        }
         put_number(&mut self.encoded, b'$', argument.len());
         self.encoded.extend_from_slice(argument);
         self.encoded.extend_from_slice(b"\r\n");

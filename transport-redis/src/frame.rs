@@ -119,10 +119,10 @@ fn encode(
         line.number(br#","of":"#, 1);
     }
     if let Some(method) = &request.method {
-        line.text(br#","m":"#, method.as_str());
+        line.plain(br#","m":""#, method.as_str());
     }
     if let Some(service) = service {
-        line.text(br#","s":"#, service.as_str());
+        line.plain(br#","s":""#, service.as_str());
     }
     line.common(request.content_type.as_ref(), &request.headers, apart);
     line.end(if apart.is_some() { &[] } else { &request.body });
@@ -138,13 +138,13 @@ pub(crate) fn encode_reply(reply: &Reply, apart: Option<&str>, out: &mut Vec<u8>
                 br#","err":"#,
                 &serde_json::to_vec(fault).unwrap_or_else(|_| b"{\"code\":\"unknown\"}".to_vec()),
             );
-            line.text(br#","ran":"#, executed.as_str());
+            line.plain(br#","ran":""#, executed.as_str());
         }
         Outcome::Signal(signal) => line.raw(br#","sig":"#, signal.to_text().as_bytes()),
         _ => {}
     }
     if let Some(node) = &reply.node {
-        line.text(br#","n":"#, node.as_str());
+        line.plain(br#","n":""#, node.as_str());
     }
     line.common(reply.content_type.as_ref(), &reply.headers, apart);
     line.end(if apart.is_some() { &[] } else { &reply.body });

@@ -120,6 +120,13 @@ impl<'a> Line<'a> {
         write_text(self.0, value);
     }
 
+    /// As [`text`](Self::text), of a grammar in which nothing must be escaped; its first quote comes with its name.
+    pub(crate) fn plain<const N: usize>(&mut self, name: &[u8; N], value: &str) {
+        self.0.extend_from_slice(name);
+        self.0.extend_from_slice(value.as_bytes());
+        self.0.push(b'"');
+    }
+
     pub(crate) fn number<const N: usize>(&mut self, name: &[u8; N], value: u64) {
         self.0.extend_from_slice(name);
         let mut digits = itoa::Buffer::new();
@@ -137,8 +144,12 @@ impl<'a> Line<'a> {
         headers: &Headers,
         apart: Option<&str>,
     ) {
-        if let Some(content_type) = content_type {
-            self.text(br#","ct":"#, content_type.as_str());
+        match content_type {
+            Some(json) if *json == ContentType::JSON => {
+                self.0.extend_from_slice(br#","ct":"application/json""#);
+            }
+            Some(other) => self.text(br#","ct":"#, other.as_str()),
+            None => {}
         }
         if !headers.is_empty() {
             self.0.extend_from_slice(br#","h":"#);
@@ -151,7 +162,7 @@ impl<'a> Line<'a> {
             self.0.push(b'}');
         }
         if let Some(id) = apart {
-            self.text(br#","at":"#, id);
+            self.plain(br#","at":""#, id);
         }
     }
 

@@ -212,20 +212,23 @@ impl<'a> Scan<'a> {
     }
 
     fn number(&mut self) -> Option<u64> {
-        let digits = self.rest;
         let mut value = 0_u64;
-        while let [digit @ b'0'..=b'9', rest @ ..] = self.rest {
-            value = value
-                .checked_mul(10)?
-                .checked_add(u64::from(digit - b'0'))?;
-            self.rest = rest;
+        let mut length = 0;
+        for byte in self.rest {
+            let digit = byte.wrapping_sub(b'0');
+            if digit > 9 {
+                break;
+            }
+            value = value.wrapping_mul(10).wrapping_add(digit.into());
+            length += 1;
         }
-        match digits.len() - self.rest.len() {
-            0 => None,
-            // JSON has no leading zeros.
-            2.. if digits.starts_with(b"0") => None,
-            _ => Some(value),
+        let (digits, rest) = self.rest.split_at_checked(length)?;
+        // So many digits always fit, and JSON has no leading zeros.
+        if !(1..=19).contains(&length) || (length > 1 && digits.starts_with(b"0")) {
+            return None;
         }
+        self.rest = rest;
+        Some(value)
     }
 
     /// The end of the line. Gives the length of the body behind it.
@@ -249,7 +252,7 @@ mod tests {
     fn ours() -> Vec<String> {
         let mut lines: Vec<String> = [
             r#","to":"{c1}:i","exp":1764000000000,"ttl":30000,"m":"add","ct":"application/json","h":{"a":"1","b.c":"{x} y"},"at":"0123456789abcdef0123456789abcdef"}"#,
-            r#","to":"{c2}:i","exp":0,"ttl":18446744073709551615,"of":1,"m":"sub","ct":"a/b"}"#,
+            r#","to":"{c2}:i","exp":0,"ttl":9999999999999999999,"of":1,"m":"sub","ct":"a/b"}"#,
             r#","ttl":7}"#,
             r#","n":"n1","ct":"text/plain","h":{"a":"1"}}"#,
             "}",
@@ -393,6 +396,7 @@ mod tests {
             "{\"v\":1,\"id\":\"7\",\"exp\":01}",
             "{\"v\":1,\"id\":\"7\",\"exp\":}",
             "{\"v\":1,\"id\":\"7\",\"exp\":1e3}",
+            "{\"v\":1,\"id\":\"7\",\"exp\":18446744073709551615}",
             "{\"v\":1,\"id\":\"7\",\"exp\":18446744073709551616}",
             "{\"v\":1,\"id\":\"7\",\"ttl\":1,\"exp\":1}",
             "{\"v\":1,\"id\":\"7\",\"of\":10}",

@@ -20,6 +20,12 @@ const OWN_PLACE: usize = 8 * 1024;
 /// and how much is read behind a string that had its own place: if another one follows, little of it has to be copied.
 const READ_BEHIND: usize = 2 * 1024;
 
+/// A string up to this length shares its place with others,
+const SHORT: usize = 256;
+
+/// which is so large: whoever keeps one of them keeps no more than this.
+const SHARED_PLACE: usize = 1024;
+
 /// The longest line: of an error, a status or a number.
 const LINE_MAX: usize = 64 * 1024;
 
@@ -45,6 +51,8 @@ pub(crate) struct Reader {
     arriving: Option<Arriving>,
     /// A string had its own place right before what is read now.
     behind_string: bool,
+    /// What is left of the place of short strings.
+    shared: BytesMut,
 }
 
 #[derive(Debug)]
@@ -263,7 +271,16 @@ impl Reader {
         if let Text::Plain = kind
             && let Some((string, [b'\r', b'\n', ..])) = self.buffer.split_at_checked(length)
         {
-            let string = Bytes::copy_from_slice(string);
+            let string = if length > SHORT {
+                Bytes::copy_from_slice(string)
+            } else {
+                if self.shared.capacity() < length {
+                    // The same one again, if nobody keeps anything of it.
+                    self.shared.reserve(SHARED_PLACE);
+                }
+                self.shared.extend_from_slice(string);
+                self.shared.split().freeze()
+            };
             self.buffer.advance(length + 2);
             return Ok(Step::Value(Value::BulkString(string)));
         }
@@ -472,6 +489,31 @@ mod tests {
             let expected = Value::Array(vec![string.clone(), Value::Int(7), string]);
             assert_eq!(read([&text[..]]).unwrap(), [expected], "{length}");
         }
+    }
+
+    /// Many are read, in any order of lengths, and each is what it was.
+    #[test]
+    fn short_strings_share_a_place() {
+        let lengths = (0..=SHORT + 2).chain((0..=SHORT + 2).rev());
+        let strings: Vec<String> = lengths
+            .map(|length| {
+                char::from(b'a' + (length % 26) as u8)
+                    .to_string()
+                    .repeat(length)
+            })
+            .collect();
+        let mut reader = Reader::default();
+        let mut context = Context::from_waker(Waker::noop());
+        let mut kept = Vec::new();
+        for text in &strings {
+            let answer = format!("${}\r\n{text}\r\n", text.len());
+            let filled = reader.poll_fill(&mut answer.as_bytes(), &mut context);
+            assert!(filled.is_ready());
+            kept.extend(reader.next().unwrap());
+            assert!(reader.shared.capacity() <= SHARED_PLACE);
+        }
+        let expected: Vec<_> = strings.iter().map(|text| string(text)).collect();
+        assert_eq!(kept, expected);
     }
 
     #[test]

@@ -1,38 +1,69 @@
 //! JSON bodies.
 
 use std::cell::Cell;
+use std::mem;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::error::{Error, ErrorKind};
 
-/// A shorter body is copied to a place of its own size: it grows where others did before it. A longer one keeps its place.
+/// A body up to this length shares its place with others,
+const SHORT: usize = 256;
+
+/// which is so large: whoever keeps one of them keeps no more than this.
+const SHARED_PLACE: usize = 1024;
+
+/// One up to this length is copied to a place of its own size. A longer one keeps the place where it grew.
 const COPIED_MAX: usize = 4096;
 
+/// Where the bodies of a thread grow, and what is left of the place of short ones.
+#[derive(Default)]
+struct Scratch {
+    growing: Vec<u8>,
+    shared: BytesMut,
+}
+
 thread_local! {
-    /// Where bodies grow. Taken out meanwhile, as a value may encode others while it is encoded.
-    static SCRATCH: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+    /// Taken out meanwhile, as a value may encode others while it is encoded.
+    static SCRATCH: Cell<Option<Box<Scratch>>> = const { Cell::new(None) };
 }
 
 pub(crate) fn encode(value: &(impl Serialize + ?Sized)) -> Result<Bytes, Error> {
     // There is none while the thread ends.
-    let mut scratch = SCRATCH.try_with(Cell::take).unwrap_or_default();
-    scratch.clear();
-    serde_json::to_writer(&mut scratch, value).map_err(|error| {
+    let kept = SCRATCH.try_with(Cell::take).ok().flatten();
+    let mut scratch = kept.unwrap_or_default();
+    scratch.growing.clear();
+    serde_json::to_writer(&mut scratch.growing, value).map_err(|error| {
         Error::not_executed(
             ErrorKind::Invalid,
             format!("the value has no JSON form: {error}"),
         )
         .with_source(error)
     })?;
-    if scratch.len() > COPIED_MAX {
-        return Ok(scratch.into());
-    }
-    let body = Bytes::copy_from_slice(&scratch);
-    let _ = SCRATCH.try_with(|place| place.set(scratch));
+    let body = scratch.cut();
+    let _ = SCRATCH.try_with(|place| place.set(Some(scratch)));
     Ok(body)
+}
+
+impl Scratch {
+    /// What has grown, as a body.
+    fn cut(&mut self) -> Bytes {
+        let length = self.growing.len();
+        if length > COPIED_MAX {
+            return mem::take(&mut self.growing).into();
+        }
+        if length > SHORT {
+            return Bytes::copy_from_slice(&self.growing);
+        }
+        if self.shared.capacity() < length {
+            // The same one again, if nobody keeps anything of it.
+            self.shared.reserve(SHARED_PLACE);
+        }
+        self.shared.extend_from_slice(&self.growing);
+        self.shared.split().freeze()
+    }
 }
 
 pub(crate) fn decode<T: DeserializeOwned>(body: &[u8]) -> Result<T, serde_json::Error> {
@@ -65,7 +96,8 @@ mod tests {
     /// Whatever was encoded before, and while it is.
     #[test]
     fn a_body_is_what_it_says() {
-        for length in [0, 1, COPIED_MAX - 2, COPIED_MAX - 1, 1 << 20, 3] {
+        let long = [COPIED_MAX - 2, COPIED_MAX - 1, 1 << 20, 3];
+        for length in (0..=SHORT).chain(long).chain(0..9) {
             let body = encode(&"z".repeat(length)).unwrap();
             assert_eq!(body, format!("\"{}\"", "z".repeat(length)));
             let nested = encode(&Nested(length)).unwrap();

@@ -155,9 +155,10 @@ impl Pending {
     }
 
     /// Hands what arrived to the call that waits for it, or discards and counts it.
-    pub(crate) fn resolve(&self, id: &CorrelationId, ended: Ended, now: Instant) {
+    /// An id that is no number is none of ours.
+    pub(crate) fn resolve(&self, id: Option<u128>, ended: Ended, now: Instant) {
         let mut table = self.lock();
-        let Some(id) = id.as_u128() else {
+        let Some(id) = id else {
             table.unknown += 1;
             return;
         };
@@ -384,8 +385,8 @@ mod tests {
     fn answer(pending: &Pending, id: u128) {
         let id = CorrelationId::from_u128(id);
         pending.resolve(
-            &id,
-            Ended::Reply(Arc::new(Reply::value(id.clone(), ""))),
+            id.as_u128(),
+            Ended::Reply(Arc::new(Reply::value(id, ""))),
             Instant::now(),
         );
     }
@@ -416,7 +417,7 @@ mod tests {
         answer(&pending, 2);
         answer(&pending, 3);
         pending.resolve(
-            &CorrelationId::parse("foreign").unwrap(),
+            CorrelationId::parse("foreign").unwrap().as_u128(),
             Ended::Bad(closed()),
             Instant::now(),
         );

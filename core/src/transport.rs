@@ -53,8 +53,7 @@ pub trait Transport: Debug + Send + Sync + 'static {
     /// **Returns** true if the transport has taken it. All is as of `send` from then on, but for three things: what goes wrong is told by
     /// [`Ticket::fail`], if all goes well nothing is told, and the time that is left is what is left until [`Ticket::deadline`]. False if it
     /// has not, for whatever reason: nothing has happened then, the ticket least of all, and `send` is to send it or to say what is wrong.
-    /// **Called** within the poll of a call: it must not block. A broker within this process, which need not wait for anything, refuses where
-    /// `send` would yield.
+    /// **Called** within the poll of a call: it must not block.
     /// **By default** false, which is right too.
     /// *Checked by* the cases of `send`.
     fn post(

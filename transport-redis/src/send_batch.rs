@@ -87,7 +87,11 @@ impl Writer {
     }
 
     /// Commits the requests, and writes what may be sent.
-    pub(crate) fn batch(&mut self, jobs: Vec<Job>, live: Live) -> impl Future<Output = ()> + use<> {
+    pub(crate) fn batch(
+        &mut self,
+        jobs: &mut Vec<Job>,
+        live: Live,
+    ) -> impl Future<Output = ()> + use<> {
         let mut pipeline = Pipeline::new();
         let mut sent = Vec::new();
         let mut requests: Vec<Requests> = Vec::new();
@@ -98,7 +102,7 @@ impl Writer {
         let now = Now::of(&self.clock);
         let count = jobs.len();
         let mut asking = 0;
-        for job in jobs {
+        for job in jobs.drain(..) {
             frame.clear();
             match job {
                 Job::Request {
@@ -239,7 +243,10 @@ impl Writer {
             service,
             keys,
             life: Life::default(),
-            group: Group::new(command),
+            group: Group {
+                command,
+                sends: Vec::with_capacity(count),
+            },
         });
         next
     }

@@ -167,7 +167,7 @@ impl Sender {
     }
 
     /// Takes the next batch. True if it left some behind for the next wave.
-    fn take(&self) -> (Vec<Job>, bool) {
+    fn take(&self, batch: &mut Vec<Job>) -> bool {
         let mut queue = self.lock();
         let waiting = queue.jobs.len();
         let wave = self.pace.wave(waiting);
@@ -180,7 +180,8 @@ impl Sender {
         let most = wave.min(BATCH_MAX);
         let count = queue.jobs.iter().take(most).take_while(fits).count();
         let left = count == wave && waiting > wave;
-        (queue.jobs.drain(..count).collect(), left)
+        batch.extend(queue.jobs.drain(..count));
+        left
     }
 
     /// Forgets what its caller gave up while there was no connection.
@@ -225,6 +226,8 @@ impl Sender {
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut left = false;
+        // Reused: a list of a batch is dear to allocate.
+        let mut jobs = Vec::new();
         loop {
             // What a wave left behind is the next one: it goes out when this one is answered, or both would arrive as one.
             let room = waves.is_empty() || (waves.len() < WAVES && !left);
@@ -243,9 +246,8 @@ impl Sender {
                 // The requests are committed after this, so they are withdrawn in time while there is no connection.
                 live = link.ready(&ending), if room && waiting => {
                     if let Some(live) = live {
-                        let (jobs, some_left) = self.take();
-                        left = some_left;
-                        waves.push(writer.batch(jobs, live));
+                        left = self.take(&mut jobs);
+                        waves.push(writer.batch(&mut jobs, live));
                     }
                 }
                 () = self.arrived.notified(), if room && !waiting => {}

@@ -14,8 +14,9 @@ use crate::client::Client;
 use crate::config;
 use crate::envelope::{CorrelationId, Headers, Reply, Request};
 use crate::error::Error;
-use crate::exchange::{Attempt, Exchange};
+use crate::exchange::{Attempt, Exchange, Try, answer};
 use crate::name::{ContentType, IntoNode, Method, Node, ServiceName};
+use crate::pending::Ended;
 use crate::signal::Signals;
 
 /// A call that is sent when it is first polled, and ends once: with its reply, or with one [`Error`].
@@ -333,27 +334,36 @@ impl<Out> Plain<Out> {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Out, Error>> {
         if let Stage::New = self.stage {
             let now = Instant::now();
-            self.begin(now, now)?;
+            self.begin(now, now, cx)?;
         }
         loop {
             let Stage::Trying { started, attempt } = &mut self.stage else {
                 panic!("a call was polled after it had ended");
             };
             let started = *started;
-            let outcome = ready!(self.call.exchange(started)?.poll_attempt(attempt, cx));
+            let outcome = match ready!(attempt.poll(cx)) {
+                // As most do.
+                Ended::Reply(reply) => Some(answer(reply)),
+                ended => {
+                    let exchange = self.call.exchange(started)?;
+                    exchange.outcome(Try::Ended(ended), attempt)
+                }
+            };
             // Polled again, it must not be sent again; and an attempt leaves the table before the next one enters.
             self.stage = Stage::Over;
             match outcome {
                 Some(reply) => return Poll::Ready((self.read)(reply?)),
-                None => self.begin(started, Instant::now())?,
+                None => self.begin(started, Instant::now(), cx)?,
             }
         }
     }
 
     /// Begins an attempt. If it cannot, the call is over.
-    fn begin(&mut self, started: Instant, now: Instant) -> Result<(), Error> {
+    fn begin(&mut self, started: Instant, now: Instant, cx: &Context<'_>) -> Result<(), Error> {
         self.stage = Stage::Over;
-        let attempt = self.call.exchange(started)?.begin(now)?;
+        let mut exchange = self.call.exchange(started)?;
+        let mut attempt = exchange.begin(now, cx)?;
+        exchange.send(&mut attempt);
         self.stage = Stage::Trying { started, attempt };
         Ok(())
     }

@@ -350,37 +350,11 @@ impl Dispatcher {
 
     fn deliver(&self, incoming: Incoming, now: Instant) {
         match incoming {
-            Incoming::Reply(reply) => {
-                if let Outcome::Signal(Signal::Running { every, .. }) = reply.outcome
-                    // Of many servers one may well be lost.
-                    && !self.listeners.gathers(&reply.id)
-                {
-                    self.pending.hear(&reply.id, every, now);
-                }
-                if let Outcome::Signal(Signal::Offer { to, id, .. }) = &reply.outcome
-                    && !self.listeners.listens(&reply.id)
-                {
-                    let is_wanted = self.pending.waits(&reply.id);
-                    let server = (to.clone(), id.clone());
-                    return answer_unattended(&self.transport, server, is_wanted);
-                }
-                let is_signal = matches!(reply.outcome, Outcome::Signal(_));
-                let size = match &reply.outcome {
-                    Outcome::Value | Outcome::Signal(_) => reply.body.len(),
-                    Outcome::Fault { fault, .. } => fault.details_size(),
-                };
-                let id = reply.id.clone();
-                let ended = match config::check_size(size, self.max_body) {
-                    Ok(()) => match self.listeners.hear(reply) {
-                        Some(reply) => Ended::Reply(reply),
-                        None => return,
-                    },
-                    // One among many answers, or a word, that is too large is as if it had not come.
-                    Err(_) if self.listeners.gathers(&id) || is_signal => return,
-                    Err(error) => Ended::Bad(bad_reply(error.message())),
-                };
-                self.pending.resolve(&id, ended, now);
-            }
+            Incoming::Reply(reply) => match &reply.outcome {
+                Outcome::Signal(signal) => self.hear(signal, &reply, now),
+                Outcome::Value => self.resolve(reply.body.len(), reply, now),
+                Outcome::Fault { fault, .. } => self.resolve(fault.details_size(), reply, now),
+            },
             Incoming::Request { service, request } => {
                 if let Some(words) = &self.words {
                     // Too much at once is as if it had not arrived.
@@ -394,12 +368,47 @@ impl Dispatcher {
             } => {
                 // It may have been a refusal.
                 let error = bad_reply(&reason).with_executed(Executed::Maybe);
-                self.pending.resolve(&id, Ended::Bad(error), now);
+                self.pending.resolve(id.as_u128(), Ended::Bad(error), now);
             }
             Incoming::Undecodable { id: None, reason } => {
                 tracing::warn!(reason, "a reply that cannot be decoded was discarded");
                 self.pending.count_unknown();
             }
+        }
+    }
+
+    /// Ends the call that a reply is for, or gives it to the gathering.
+    fn resolve(&self, size: usize, reply: Arc<Reply>, now: Instant) {
+        let id = reply.id.as_u128();
+        let ended = match config::check_size(size, self.max_body) {
+            Ok(()) => match self.listeners.hear(reply) {
+                Some(reply) => Ended::Reply(reply),
+                None => return,
+            },
+            // One among many answers that is too large is as if it had not come.
+            Err(_) if self.listeners.gathers(&reply.id) => return,
+            Err(error) => Ended::Bad(bad_reply(error.message())),
+        };
+        self.pending.resolve(id, ended, now);
+    }
+
+    /// Hands on what a server says before its reply.
+    fn hear(&self, signal: &Signal, reply: &Arc<Reply>, now: Instant) {
+        match signal {
+            // Of many servers one may well be lost.
+            Signal::Running { every, .. } if !self.listeners.gathers(&reply.id) => {
+                self.pending.hear(&reply.id, *every, now);
+            }
+            Signal::Offer { to, id, .. } if !self.listeners.listens(&reply.id) => {
+                let is_wanted = self.pending.waits(&reply.id);
+                let server = (to.clone(), id.clone());
+                return answer_unattended(&self.transport, server, is_wanted);
+            }
+            _ => {}
+        }
+        // A word that is too large is as if it had not come.
+        if config::check_size(reply.body.len(), self.max_body).is_ok() {
+            self.listeners.hear(Arc::clone(reply));
         }
     }
 }

@@ -4,7 +4,7 @@ use std::future::{Future, pending, poll_fn};
 use std::mem;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use tokio::time::{Instant, timeout_at};
@@ -16,7 +16,7 @@ use crate::envelope::{Deadline, Outcome, Reply, Request};
 use crate::error::{Error, ErrorKind, Executed};
 use crate::given_up::Lost;
 use crate::name::{ReplyAddress, ServiceName};
-use crate::pending::{Ended, Entered, Slot};
+use crate::pending::{Ended, Slot};
 use crate::signal::Signals;
 use crate::ticket::Ticket;
 use crate::transport::Outbound;
@@ -34,9 +34,8 @@ pub(crate) struct Exchange<'a> {
 type Sending = Pin<Box<dyn Future<Output = Result<(), Error>> + Send>>;
 
 /// How one try to get a reply ended.
-enum Try {
+pub(crate) enum Try {
     Ended(Ended),
-    SendFailed(Error),
     Stopped(Stopped),
 }
 
@@ -48,24 +47,13 @@ impl Exchange<'_> {
         })
     }
 
-    /// Polls an attempt of a call that wants nothing but its reply: how the call ends, or none if it is to be made again. Not to be
-    /// polled again then. If it is dropped before, it must be [given up](Self::give_up).
-    pub(crate) fn poll_attempt(
-        &self,
-        attempt: &mut Attempt,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Arc<Reply>, Error>>> {
-        let tried = ready!(attempt.poll(self, cx));
-        Poll::Ready(self.outcome(tried, attempt))
-    }
-
     /// A call that may attend to more than its reply.
     pub(crate) async fn call(&mut self) -> Result<Arc<Reply>, Error> {
         let (mut now, number) = (self.started, self.number()?);
         loop {
             let attended = self.options.attended.as_deref();
             let mut attention = attended.map(|attended| Attention::new(self, attended, number));
-            let attempt = self.begin(now)?;
+            let attempt = poll_fn(|cx| Poll::Ready(self.begin(now, cx))).await?;
             let this = &*self;
             let mut outstanding = Outstanding {
                 exchange: this,
@@ -78,10 +66,15 @@ impl Exchange<'_> {
                     None => pending().await,
                 }
             };
+            // Not sent if it has stopped already.
+            let ended = async {
+                this.send(&mut outstanding.attempt);
+                poll_fn(|cx| outstanding.attempt.poll(cx)).await
+            };
             let tried = tokio::select! {
                 biased;
                 stopped = stopped => Try::Stopped(stopped),
-                tried = poll_fn(|cx| outstanding.attempt.poll(this, cx)) => tried,
+                ended = ended => Try::Ended(ended),
             };
             outstanding.is_unwanted = false;
             if let (Some(attention), Try::Ended(_)) = (&mut attention, &tried) {
@@ -94,36 +87,47 @@ impl Exchange<'_> {
         }
     }
 
-    /// Enters the call, and writes on the request what is known when it is sent.
-    pub(crate) fn begin(&mut self, now: Instant) -> Result<Attempt, Error> {
+    /// Enters the call, and writes on the request what is known when it is sent. It is to be sent and polled within the same poll.
+    pub(crate) fn begin(&mut self, now: Instant, cx: &Context<'_>) -> Result<Attempt, Error> {
         let number = self.number()?;
         let budget = self.remaining(now)?;
-        // Entered before it is sent: a reply may be there before `send` resolves.
-        let Entered {
-            slot,
-            address,
-            wall,
-        } = self.client.pending().enter(number, now, self.deadline)?;
-        self.address(Some(address), Deadline::of(wall, budget));
+        // Entered before it is sent: a reply may be there at once.
+        let pending = self.client.pending();
+        let entered = pending.enter(number, now, self.deadline, Some(cx.waker()))?;
+        let deadline = Deadline::of(entered.wall, budget);
+        self.address(Some(entered.address), deadline);
         Ok(Attempt {
-            slot,
-            is_begun: false,
+            slot: entered.slot,
             sending: None,
+            is_new: true,
         })
     }
 
+    /// Sends the request. An attempt that is dropped before it has ended must be [given up](Self::give_up) then.
+    pub(crate) fn send(&self, attempt: &mut Attempt) {
+        let ticket = attempt.slot.ticket();
+        let is_taken = self.client.transport().post(
+            self.service,
+            self.request,
+            self.options.expect_responder,
+            ticket,
+        );
+        if !is_taken {
+            attempt.sending = Some(self.sending(ticket));
+        }
+    }
+
     /// What the end of a try means for the call; none if it is to be made again. What nobody wants any more is given up.
-    fn outcome(&self, tried: Try, attempt: &Attempt) -> Option<Result<Arc<Reply>, Error>> {
+    pub(crate) fn outcome(
+        &self,
+        tried: Try,
+        attempt: &Attempt,
+    ) -> Option<Result<Arc<Reply>, Error>> {
         let ticket = attempt.slot.ticket();
         Some(match tried {
-            Try::Ended(Ended::Reply(reply)) => match &reply.outcome {
-                Outcome::Fault { fault, executed } => {
-                    Err(Error::from_fault(fault.clone(), *executed))
-                }
-                _ => Ok(reply),
-            },
+            Try::Ended(Ended::Reply(reply)) => answer(reply),
             Try::Ended(Ended::Bad(error)) => Err(error),
-            Try::SendFailed(error) => Err(send_failed(error, ticket)),
+            Try::Ended(Ended::SendFailed(error)) => Err(send_failed(error, ticket)),
             Try::Ended(Ended::TimedOut) => Err(deadline_exceeded(self.started, ticket.executed())),
             Try::Ended(Ended::Closed(error)) => {
                 self.give_up(attempt);
@@ -171,7 +175,7 @@ impl Exchange<'_> {
         let ticket = WithdrawOnDrop(Ticket::new());
         let budget = self.remaining(self.started)?;
         self.address(None, Deadline::after(budget));
-        let sending = self.send(&ticket.0);
+        let sending = self.sending(&ticket.0);
         match timeout_at(self.deadline, sending).await {
             Ok(sent) => sent.map_err(|error| send_failed(error, &ticket.0)),
             Err(_) => Err(deadline_exceeded(self.started, ticket.0.executed())),
@@ -187,7 +191,7 @@ impl Exchange<'_> {
     }
 
     /// Not async, so that the message has no place in the future of the call.
-    fn send(&self, ticket: &Ticket) -> Sending {
+    fn sending(&self, ticket: &Ticket) -> Sending {
         let transport = Arc::clone(self.client.shared_transport());
         let message = Outbound::Request {
             service: self.service.clone(),
@@ -214,20 +218,20 @@ impl Exchange<'_> {
 /// One try to get a reply: a place in the table, and the request on its way. Dropped, it is withdrawn if it was not sent.
 pub(crate) struct Attempt {
     slot: Slot,
-    is_begun: bool,
-    /// None before it is begun, and once the request is accepted.
+    /// If its request takes a future to be sent: until it is accepted.
     sending: Option<Sending>,
+    /// Not polled yet.
+    is_new: bool,
 }
 
 impl Attempt {
-    /// Sends the request at the first poll, and waits for the end; not to be polled again after it.
-    fn poll(&mut self, exchange: &Exchange<'_>, cx: &mut Context<'_>) -> Poll<Try> {
-        if !mem::replace(&mut self.is_begun, true) {
-            self.send(exchange);
-        }
+    /// Waits for the end; not to be polled again after it.
+    pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Ended> {
+        // It entered with the waker of this poll, which is woken by all that happened since.
+        let may_have_ended = !mem::take(&mut self.is_new);
         // A reply proves that the request was accepted: nothing more is waited for.
-        if let Poll::Ready(ended) = self.slot.poll_ended(cx) {
-            return Poll::Ready(Try::Ended(ended));
+        if may_have_ended && let Poll::Ready(ended) = self.slot.poll_ended(cx) {
+            return Poll::Ready(ended);
         }
         // After the end was asked for: what has timed out while it waited to be sent is not sent.
         if let Some(sending) = &mut self.sending
@@ -235,23 +239,10 @@ impl Attempt {
         {
             self.sending = None;
             if let Err(error) = sent {
-                return Poll::Ready(Try::SendFailed(error));
+                return Poll::Ready(Ended::SendFailed(error));
             }
         }
         Poll::Pending
-    }
-
-    fn send(&mut self, exchange: &Exchange<'_>) {
-        let ticket = self.slot.ticket();
-        let is_sent = exchange.client.transport().send_at_once(
-            exchange.service,
-            exchange.request,
-            exchange.options.expect_responder,
-            ticket,
-        );
-        if !is_sent {
-            self.sending = Some(exchange.send(ticket));
-        }
     }
 }
 
@@ -283,6 +274,14 @@ struct WithdrawOnDrop(Ticket);
 impl Drop for WithdrawOnDrop {
     fn drop(&mut self) {
         let _ = self.0.withdraw();
+    }
+}
+
+/// What a reply means for its call.
+pub(crate) fn answer(reply: Arc<Reply>) -> Result<Arc<Reply>, Error> {
+    match &reply.outcome {
+        Outcome::Fault { fault, executed } => Err(Error::from_fault(fault.clone(), *executed)),
+        _ => Ok(reply),
     }
 }
 

@@ -145,7 +145,7 @@ impl<Out> Gathering<'_, Out> {
             mut slot,
             address,
             wall,
-        } = client.pending().enter(id, started, ends)?;
+        } = client.pending().enter(id, started, ends, None)?;
         let deadline = Deadline::of(wall, budget);
         self.exchange.address(Some(address), deadline);
         let mut asked = Asked {

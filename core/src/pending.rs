@@ -11,7 +11,7 @@ pub(crate) use self::wait::Wait;
 use std::collections::HashMap;
 use std::future::{pending, poll_fn};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::{Notify, watch};
@@ -48,6 +48,8 @@ pub(crate) enum Ended {
     Reply(Arc<Reply>),
     /// By a reply that is none.
     Bad(Error),
+    /// By its request, which was not sent, or not accepted. Nobody took it out of the table.
+    SendFailed(Error),
     /// By its deadline.
     TimedOut,
     /// Its server said that it runs, and has been silent since.
@@ -103,14 +105,16 @@ impl Pending {
         })
     }
 
-    /// Enters a call, before its request is sent: a reply may be faster than `send`. It ends by `deadline`.
+    /// Enters a call, before its request is sent: a reply may be faster than `send`. It ends by `deadline`. If
+    /// who enters it polls for its end within the same poll, its waker saves the first look.
     pub(crate) fn enter(
         self: &Arc<Self>,
         id: u128,
         now: Instant,
         deadline: Instant,
+        waker: Option<&Waker>,
     ) -> Result<Entered, Error> {
-        let wait = Arc::new(Wait::until(deadline));
+        let wait = Arc::new(Wait::until(deadline, waker.cloned()));
         let (is_first, address, wall) = {
             let mut guard = self.lock();
             let table = &mut *guard;
@@ -151,9 +155,10 @@ impl Pending {
     }
 
     /// Hands what arrived to the call that waits for it, or discards and counts it.
-    pub(crate) fn resolve(&self, id: &CorrelationId, ended: Ended, now: Instant) {
+    /// An id that is no number is none of ours.
+    pub(crate) fn resolve(&self, id: Option<u128>, ended: Ended, now: Instant) {
         let mut table = self.lock();
-        let Some(id) = id.as_u128() else {
+        let Some(id) = id else {
             table.unknown += 1;
             return;
         };
@@ -350,7 +355,7 @@ impl Slot {
     /// Waits for the end; not to be polled again after it.
     pub(crate) fn poll_ended(&mut self, cx: &mut Context<'_>) -> Poll<Ended> {
         let ended = ready!(self.ticket.wait().poll(cx));
-        self.ended = true;
+        self.ended = !matches!(ended, Ended::SendFailed(_));
         Poll::Ready(ended)
     }
 }
@@ -359,15 +364,16 @@ impl Drop for Slot {
     fn drop(&mut self) {
         if !self.ended {
             let abandoned = self.pending.lock().abandon(self.id, Instant::now());
-            // Not under the lock: it may wake whoever waited for it.
             drop(abandoned);
+            self.ticket.wait().leave();
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::task::Waker;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::task::Wake;
 
     use super::ended::{ENDED_AGE, ENDED_MAX};
     use super::*;
@@ -379,15 +385,15 @@ mod tests {
     fn answer(pending: &Pending, id: u128) {
         let id = CorrelationId::from_u128(id);
         pending.resolve(
-            &id,
-            Ended::Reply(Arc::new(Reply::value(id.clone(), ""))),
+            id.as_u128(),
+            Ended::Reply(Arc::new(Reply::value(id, ""))),
             Instant::now(),
         );
     }
 
     fn enter(pending: &Arc<Pending>, id: u128) -> Result<(Slot, ReplyAddress), Error> {
         let now = Instant::now();
-        let entered = pending.enter(id, now, now + Duration::from_secs(30))?;
+        let entered = pending.enter(id, now, now + Duration::from_secs(30), None)?;
         Ok((entered.slot, entered.address))
     }
 
@@ -411,7 +417,7 @@ mod tests {
         answer(&pending, 2);
         answer(&pending, 3);
         pending.resolve(
-            &CorrelationId::parse("foreign").unwrap(),
+            CorrelationId::parse("foreign").unwrap().as_u128(),
             Ended::Bad(closed()),
             Instant::now(),
         );
@@ -462,6 +468,79 @@ mod tests {
     }
 
     #[test]
+    fn a_send_that_fails_ends_its_call_once() {
+        let pending = table(10);
+        let (mut slot, _) = enter(&pending, 1).unwrap();
+        let ticket = slot.ticket().clone();
+        let woken = Arc::new(Wakes::default());
+        let waker = Waker::from(Arc::clone(&woken));
+        let mut cx = Context::from_waker(&waker);
+        assert!(slot.poll_ended(&mut cx).is_pending());
+        assert!(!ticket.is_abandoned());
+        ticket.fail(failed("first"));
+        ticket.fail(failed("second"));
+        assert_eq!(woken.0.load(Ordering::SeqCst), 1);
+        let Poll::Ready(Ended::SendFailed(error)) = slot.poll_ended(&mut cx) else {
+            panic!("the send failed");
+        };
+        assert_eq!(error.message(), "first");
+        // It leaves the table itself, and its reply comes too late.
+        assert_eq!(pending.stats().pending, 1);
+        drop(slot);
+        ticket.fail(failed("third"));
+        answer(&pending, 1);
+        assert_eq!((pending.stats().pending, pending.stats().late), (0, 1));
+        assert_eq!(woken.0.load(Ordering::SeqCst), 1);
+    }
+
+    #[test]
+    fn a_reply_is_more_than_a_send_that_failed() {
+        let pending = table(10);
+        for id in 1..=2 {
+            let (slot, _) = enter(&pending, id).unwrap();
+            let ticket = slot.ticket().clone();
+            if id == 1 {
+                ticket.fail(failed("before the reply"));
+            }
+            answer(&pending, id);
+            ticket.fail(failed("after the reply"));
+            assert!(ticket.commit() && !ticket.is_abandoned());
+            assert!(matches!(end(slot), Some(Ended::Reply(_))));
+            assert!(ticket.is_abandoned());
+            // Of a call that has its reply nobody hears more.
+            ticket.fail(failed("after the end"));
+        }
+        let stats = pending.stats();
+        assert_eq!((stats.pending, stats.late, stats.duplicates), (0, 0, 0));
+    }
+
+    #[test]
+    fn nobody_hears_of_a_send_whose_call_was_dropped() {
+        let pending = table(10);
+        let (slot, _) = enter(&pending, 1).unwrap();
+        let ticket = slot.ticket().clone();
+        assert!(ticket.commit());
+        drop(slot);
+        assert!(ticket.is_abandoned() && !ticket.is_withdrawn());
+        ticket.fail(failed("too late"));
+        assert_eq!(pending.stats().pending, 0);
+        Ticket::new().fail(failed("of no call"));
+    }
+
+    #[test]
+    fn who_enters_with_a_waker_is_woken() {
+        let pending = table(10);
+        let now = Instant::now();
+        let woken = Arc::new(Wakes::default());
+        let waker = Waker::from(Arc::clone(&woken));
+        let entered = pending.enter(1, now, now + Duration::from_secs(1), Some(&waker));
+        entered.unwrap().slot.ticket().fail(failed("at once"));
+        let _other = pending.enter(2, now, now + Duration::from_secs(1), Some(&waker));
+        answer(&pending, 2);
+        assert_eq!(woken.0.load(Ordering::SeqCst), 2);
+    }
+
+    #[test]
     fn nobody_enters_a_closed_table() {
         let pending = table(10);
         let (slot, _) = enter(&pending, 1).unwrap();
@@ -485,11 +564,11 @@ mod tests {
         let after = |milliseconds| start + Duration::from_millis(milliseconds);
         // Those that end early, many of them, leave the others their deadlines.
         for id in 1000..2000 {
-            drop(pending.enter(id, start, after(5)).unwrap());
+            drop(pending.enter(id, start, after(5), None).unwrap());
         }
         let mut calls = Vec::new();
         for (id, milliseconds) in [(1, 300), (2, 100), (3, 200), (4, 100)] {
-            let entered = pending.enter(id, start, after(milliseconds)).unwrap();
+            let entered = pending.enter(id, start, after(milliseconds), None).unwrap();
             calls.push((entered.slot, after(milliseconds)));
             tokio::task::yield_now().await;
         }
@@ -509,7 +588,20 @@ mod tests {
         sweeper.await.unwrap();
     }
 
+    #[derive(Default)]
+    struct Wakes(AtomicUsize);
+
+    impl Wake for Wakes {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
     fn closed() -> Error {
         Error::not_executed(ErrorKind::Closed, "closed")
+    }
+
+    fn failed(message: &str) -> Error {
+        Error::maybe_executed(ErrorKind::ConnectionLost, message)
     }
 }

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 
 use tokio::time::Instant;
 
-use crate::error::Executed;
+use crate::error::{Error, Executed};
 use crate::pending::Wait;
 
 /// As a ticket begins.
@@ -47,7 +47,7 @@ impl Ticket {
     }
 
     /// For the transport: true if the request may be sent now, and counts as sent from now on. True again if it was
-    /// committed before: whoever tries a second time must first see whether anybody still waits for it.
+    /// committed before: whoever tries a second time must first see whether it [is abandoned](Self::is_abandoned).
     #[must_use]
     pub fn commit(&self) -> bool {
         self.decide(COMMITTED) != WITHDRAWN
@@ -76,10 +76,23 @@ impl Ticket {
         self.0.decided.load(Ordering::Acquire) == WITHDRAWN
     }
 
+    /// For the transport, before it sends a second time: true if nobody waits for the request any more, whether it was sent or not.
+    #[must_use]
+    pub fn is_abandoned(&self) -> bool {
+        self.is_withdrawn() || self.0.is_over()
+    }
+
     /// For the transport: when the caller stops waiting, if that is known, by this host's monotonic clock.
     #[must_use]
     pub fn deadline(&self) -> Option<Instant> {
         self.0.deadline
+    }
+
+    /// For the transport: the request that it [took](crate::Transport::post) was not sent, or not accepted; the error is that of
+    /// [`send`](crate::Transport::send). Ends the call at once, unless it has ended, and is heard once. Whoever drops a request that it
+    /// took says so too, or the call waits until its deadline.
+    pub fn fail(&self, error: Error) {
+        self.0.fail(error);
     }
 
     /// The state after the attempt to move from waiting to `state`.

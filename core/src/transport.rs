@@ -1,4 +1,4 @@
-//! The contract between core and a broker: eight operations that move messages and know nothing of calls, and a short cut of one.
+//! The contract between core and a broker: eight operations that move messages and know nothing of calls, and a short cut of one of them.
 //!
 //! Correlation, deadlines, duplicates, faults and typed bodies live above it, once. Every promise below names
 //! the conformance cases that check it; `docs/writing-a-transport.md` is the guided tour.
@@ -47,14 +47,16 @@ pub trait Transport: Debug + Send + Sync + 'static {
     /// `reconnect/blocked_requests_are_not_sent_late`.
     async fn send(&self, message: Outbound) -> Result<(), Error>;
 
-    /// The short cut of [`send`](Self::send) for a broker within this process: sends a request without waiting, and so without a future.
+    /// Takes a call's request without a future: what [`send`](Self::send) would cost most calls for nothing, since the reply proves
+    /// that the broker accepted the request.
     ///
-    /// **Returns** true if the broker has accepted it: the [`Ticket`] is committed, as by `send`. False if not, for whatever
-    /// reason: nothing has happened then, the ticket least of all, and `send` is to send it or to say what is wrong.
-    /// **Called** within the poll of a call: it must not block. That its caller yields now and then is up to `send`.
-    /// **By default** false: over a network leave it so. A transport that wraps another one need not forward it.
+    /// **Returns** true if the transport has taken it. All is as of `send` from then on, but for three things: what goes wrong is told by
+    /// [`Ticket::fail`], if all goes well nothing is told, and the time that is left is what is left until [`Ticket::deadline`]. False if it
+    /// has not, for whatever reason: nothing has happened then, the ticket least of all, and `send` is to send it or to say what is wrong.
+    /// **Called** within the poll of a call: it must not block.
+    /// **By default** false, which is right too.
     /// *Checked by* the cases of `send`.
-    fn send_at_once(
+    fn post(
         &self,
         _service: &ServiceName,
         _request: &Arc<Request>,

@@ -1,9 +1,10 @@
 //! What is said to every server of a service at once.
 
 use antiphon_core::{Error, ErrorKind, Request, ServiceName, Ticket};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout_at};
 
+use crate::done::Done;
 use crate::error::closed;
 use crate::naming::{self, TO_ALL};
 use crate::prober::Prober;
@@ -29,7 +30,7 @@ pub(crate) async fn broadcast(
         .deadline
         .and_then(|deadline| Instant::now().checked_add(deadline.budget));
     let ticket = WithdrawOnDrop(Ticket::new());
-    let (done, outcome) = oneshot::channel();
+    let (done, outcome) = Done::of_request(ticket.0.clone());
     let job = Job {
         what: What::Request(Box::new(OutgoingRequest {
             exchange: TO_ALL.into(),
@@ -38,7 +39,6 @@ pub(crate) async fn broadcast(
             deadline,
             // What no inbox takes is not to wait for one.
             expect_responder: true,
-            ticket: ticket.0.clone(),
             came_back: false,
             refusals: 0,
             // No inbox outlives the broker.

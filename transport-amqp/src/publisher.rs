@@ -6,13 +6,14 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
-use antiphon_core::{Error, ErrorKind, Executed, Reply, ReplyAddress, Request, Ticket};
+use antiphon_core::{Error, ErrorKind, Executed, Reply, ReplyAddress, Request};
 use lapin::types::ShortString;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::absent::Absent;
+use crate::done::Done;
 use crate::error::{ACCESS_REFUSED, closed};
 use crate::link::{Link, Opening, open_publishing, opened};
 use crate::message;
@@ -43,7 +44,7 @@ const PURGE: Duration = Duration::from_millis(500);
 #[derive(Debug)]
 pub(crate) struct Job {
     pub(crate) what: What,
-    pub(crate) done: oneshot::Sender<Result<(), Error>>,
+    pub(crate) done: Done,
 }
 
 #[derive(Debug)]
@@ -63,7 +64,6 @@ pub(crate) struct OutgoingRequest {
     /// Kept on disk where its queue is.
     pub(crate) persistent: bool,
     pub(crate) expect_responder: bool,
-    pub(crate) ticket: Ticket,
     /// It was sent, and there was no queue for it, or the broker did not take it.
     pub(crate) came_back: bool,
     /// How often the broker did not take it.
@@ -232,7 +232,7 @@ impl Publisher {
                 if let What::Request(request) = &unsent.what
                     && request.refusals == 0
                 {
-                    request.ticket.reopen();
+                    unsent.done.reopen();
                 }
                 self.queue.push_front(unsent);
                 return;
@@ -249,7 +249,7 @@ impl Publisher {
             (What::Request(request), Fate::Returned) => {
                 // It is with nobody: its caller may give it up, knowing that it was not executed.
                 if request.refusals == 0 {
-                    request.ticket.reopen();
+                    job.done.reopen();
                 }
                 request.came_back = true;
                 let queue = request.queue.clone();
@@ -303,7 +303,7 @@ impl Publisher {
                 "the connection was lost before the broker accepted the reply",
             )),
         };
-        let _ = job.done.send(result);
+        job.done.tell(result);
     }
 
     /// Gives up what waited for its service until its deadline. None of it is with the broker.
@@ -354,7 +354,7 @@ impl Publisher {
             self.queue.push_back(job);
         }
         for job in self.queue.drain(..).chain(self.absent.drain()) {
-            let _ = job.done.send(Err(closed()));
+            job.done.tell(Err(closed()));
         }
         let mut fates = Vec::new();
         if let Some(outlet) = self.outlet.take() {
@@ -368,7 +368,7 @@ impl Publisher {
                     Err(Error::maybe_executed(ErrorKind::Closed, message))
                 }
             };
-            let _ = job.done.send(result);
+            job.done.tell(result);
         }
     }
 }
@@ -393,7 +393,7 @@ impl Job {
                     .deadline
                     .map(|deadline| deadline.saturating_duration_since(Instant::now()));
                 // From here on it counts as sent: nothing below may fail without saying so.
-                if !outgoing.ticket.commit() {
+                if !self.done.commit() {
                     return None;
                 }
                 let mut properties = message::encode_request(&outgoing.request, remaining);
@@ -442,17 +442,14 @@ impl Job {
     }
 
     fn is_withdrawn(&self) -> bool {
-        match &self.what {
-            What::Request(request) => request.ticket.is_withdrawn(),
-            What::Reply { .. } => false,
-        }
+        self.done.is_withdrawn()
     }
 
     /// True if nobody waits for it any more. Who dropped its future before it came back could not withdraw it.
     pub(crate) fn is_abandoned(&self) -> bool {
         match &self.what {
             What::Request(request) => {
-                request.ticket.is_withdrawn() || (request.came_back && self.done.is_closed())
+                self.is_withdrawn() || (request.came_back && self.done.is_abandoned())
             }
             What::Reply { .. } => false,
         }
@@ -471,7 +468,7 @@ impl Job {
         };
         let error = Error::not_executed(ErrorKind::DeadlineExceeded, message);
         let error = error.with_executed(executed);
-        let _ = self.done.send(Err(error));
+        self.done.tell(Err(error));
     }
 }
 

@@ -8,7 +8,9 @@ use std::time::Duration;
 use antiphon_core::transport::{
     Capabilities, Inbox, Outbound, SubscribeMode, SubscribeOptions, Subscription, Transport,
 };
-use antiphon_core::{ConnectionState, CorrelationId, Error, ErrorKind, Request, ServiceName};
+use antiphon_core::{
+    ConnectionState, CorrelationId, Error, ErrorKind, Request, ServiceName, Ticket,
+};
 use async_trait::async_trait;
 use lapin::types::ShortString;
 use tokio::runtime::Handle;
@@ -21,6 +23,7 @@ use crate::broadcast::broadcast;
 use crate::config::AmqpConfig;
 use crate::courier::{Courier, Route};
 use crate::dial::Dialler;
+use crate::done::Done;
 use crate::error::{Failure, closed};
 use crate::inbox::AmqpInbox;
 use crate::intake::{Intake, Plan};
@@ -140,47 +143,32 @@ impl AmqpTransport {
         }
     }
 
-    /// Hands a job to the publisher, which tells `done` what became of it.
-    fn enqueue(&self, message: Outbound, done: oneshot::Sender<Result<(), Error>>) {
-        let (service, request, expect_responder, ticket) = match message {
-            Outbound::Reply { to, reply } => {
-                let what = What::Reply { to, reply };
-                return self.submit(Job { what, done });
-            }
-            Outbound::Request {
-                service,
-                request,
-                expect_responder,
-                ticket,
-            } => (service, request, expect_responder, ticket),
-        };
-        let queue = match naming::main_queue(&service) {
-            Ok(queue) => queue,
-            Err(error) => {
-                let _ = done.send(Err(error));
-                return;
-            }
-        };
-        let deadline = request
-            .deadline
-            .and_then(|deadline| Instant::now().checked_add(deadline.budget));
-        let mut job = Job {
+    fn job(
+        &self,
+        queue: ShortString,
+        request: Arc<Request>,
+        expect_responder: bool,
+        deadline: Option<Instant>,
+        done: Done,
+    ) -> Job {
+        Job {
             what: What::Request(Box::new(OutgoingRequest {
                 exchange: ShortString::default(),
-                queue: queue.clone(),
+                queue,
                 request,
                 deadline,
                 persistent: self.config.durable,
                 expect_responder,
-                ticket,
                 came_back: false,
                 refusals: 0,
             })),
             done,
-        };
-        if !expect_responder {
-            return self.submit(job);
         }
+    }
+
+    /// Hands a request to the publisher, if somebody consumes from its queue.
+    fn probe(&self, queue: ShortString, mut job: Job) {
+        let deadline = job.deadline();
         let (prober, jobs) = (Arc::clone(&self.prober), self.jobs.clone());
         let probe = async move {
             // Who dropped the call needs no answer, and after the deadline the publisher says what there is to say.
@@ -195,7 +183,7 @@ impl AmqpTransport {
                     let _ = jobs.send(job);
                 }
                 Err(error) => {
-                    let _ = job.done.send(Err(error));
+                    job.done.tell(Err(error));
                 }
             }
         };
@@ -238,9 +226,52 @@ impl Transport for AmqpTransport {
 
     async fn send(&self, message: Outbound) -> Result<(), Error> {
         self.check_open()?;
-        let (done, outcome) = oneshot::channel();
-        self.enqueue(message, done);
+        let outcome = match message {
+            Outbound::Reply { to, reply } => {
+                let (done, outcome) = Done::of_reply();
+                let what = What::Reply { to, reply };
+                self.submit(Job { what, done });
+                outcome
+            }
+            Outbound::Request {
+                service,
+                request,
+                expect_responder,
+                ticket,
+            } => {
+                let queue = naming::main_queue(&service)?;
+                let deadline = request
+                    .deadline
+                    .and_then(|deadline| Instant::now().checked_add(deadline.budget));
+                let (done, outcome) = Done::of_request(ticket);
+                let job = self.job(queue.clone(), request, expect_responder, deadline, done);
+                match expect_responder {
+                    true => self.probe(queue, job),
+                    false => self.submit(job),
+                }
+                outcome
+            }
+        };
         outcome.await.unwrap_or_else(|_| Err(closed()))
+    }
+
+    fn post(
+        &self,
+        service: &ServiceName,
+        request: &Arc<Request>,
+        expect_responder: bool,
+        ticket: &Ticket,
+    ) -> bool {
+        // Whether somebody serves it takes a question first.
+        if expect_responder || self.check_open().is_err() {
+            return false;
+        }
+        let Ok(queue) = naming::main_queue(service) else {
+            return false;
+        };
+        let (deadline, done) = (ticket.deadline(), Done::of_call(ticket.clone()));
+        self.submit(self.job(queue, Arc::clone(request), false, deadline, done));
+        true
     }
 
     async fn broadcast(

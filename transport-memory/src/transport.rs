@@ -102,7 +102,7 @@ impl Transport for MemoryTransport {
         }
     }
 
-    fn send_at_once(
+    fn post(
         &self,
         service: &ServiceName,
         request: &Arc<Request>,

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use antiphon_core::{Error, ErrorKind, Executed, ReplyAddress, Request, ServiceName};
-use tokio::time::{Instant, timeout_at};
+use tokio::time::timeout_at;
 
 use crate::command::{Cmd, Pipeline};
 use crate::completer::millis;
@@ -14,7 +14,7 @@ use crate::naming::{self, InboxKeys, ServiceKeys};
 use crate::send_batch::Now;
 use crate::transport::Shared;
 use crate::value::Value;
-use crate::{QUEUE_TTL, error, scripts};
+use crate::{QUEUE_TTL, clock, error, scripts};
 
 /// The audiences that an inbox belongs to, by their keys.
 #[derive(Clone, Debug, Default)]
@@ -90,21 +90,17 @@ pub(crate) async fn broadcast(
     service: &ServiceName,
     request: Request,
 ) -> Result<usize, Error> {
-    let since = Instant::now();
+    let expires = clock::expires(&request);
     let audience = audience(shared, service);
-    let audience = match request.deadline.map(|deadline| deadline.budget) {
-        Some(budget) => {
-            // A budget that the clock cannot hold is for ever, which is as long as this may take.
-            let end = since.checked_add(budget).unwrap_or(since + FOR_EVER);
-            timeout_at(end, audience)
-                .await
-                .unwrap_or_else(|_| Err(late()))
-        }
+    let audience = match expires {
+        Some(expires) => timeout_at(expires, audience)
+            .await
+            .unwrap_or_else(|_| Err(late())),
         None => audience.await,
     };
     let (live, inboxes) = audience?;
     let now = Now::of(&shared.clock);
-    let expiry = now.expiry(&request, since).ok_or_else(late)?;
+    let expiry = now.expiry(expires).ok_or_else(late)?;
     let config = &shared.config;
     let apart = (request.body.len() > config.inline_body).then(naming::random_id);
     let mut bytes = Vec::new();
@@ -146,9 +142,6 @@ pub(crate) fn push(inbox: &InboxKeys, ttl: Duration) -> Cmd {
     command.arg(millis(ttl));
     command
 }
-
-/// Longer than anybody waits.
-const FOR_EVER: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// Who hears what is said to a service, and the connection on which it was asked.
 async fn audience(shared: &Shared, service: &ServiceName) -> Result<(Live, Vec<InboxKeys>), Error> {

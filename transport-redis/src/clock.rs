@@ -3,10 +3,22 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use antiphon_core::Request;
 use tokio::time::Instant;
 
 /// How long a sample may stand before a slower one replaces it.
 const SAMPLE_LIFE: Duration = Duration::from_secs(60);
+
+/// Longer than anybody waits.
+const FOR_EVER: Duration = Duration::from_secs(365 * 24 * 3600);
+
+/// When a request expires that is sent now, by this host's clock; none if it has no deadline.
+pub(crate) fn expires(request: &Request) -> Option<Instant> {
+    let budget = request.deadline?.budget;
+    let now = Instant::now();
+    // A budget that the clock cannot hold.
+    Some(now.checked_add(budget).unwrap_or(now + FOR_EVER))
+}
 
 /// Estimates the time of Redis from samples of it. The wall clock of this host never enters.
 ///

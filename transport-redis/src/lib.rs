@@ -9,6 +9,7 @@ mod completer;
 mod config;
 mod connection;
 mod dial;
+mod done;
 mod error;
 mod frame;
 #[cfg(feature = "conformance")]

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::mem;
 use std::sync::Arc;
 
-use antiphon_core::{Error, ErrorKind, Executed, Request, ServiceName};
+use antiphon_core::{Error, ErrorKind, Executed, ServiceName};
 use tokio::time::Instant;
 
 use crate::clock::Clock;
@@ -12,10 +12,11 @@ use crate::command::{Cmd, Pipeline};
 use crate::completer::millis;
 use crate::config::RedisConfig;
 use crate::connection::{self, Live};
+use crate::done::Done;
 use crate::frame::{self, Expiry};
 use crate::naming::{self, InboxKeys, ServiceKeys};
 use crate::pace::Pace;
-use crate::sender::{Done, Job, TICK, withdrawn_error};
+use crate::sender::{Job, TICK, withdrawn_error};
 use crate::value::Value;
 use crate::{QUEUE_TTL, audience, error, scripts};
 
@@ -86,7 +87,11 @@ impl Writer {
     }
 
     /// Commits the requests, and writes what may be sent.
-    pub(crate) fn batch(&mut self, jobs: Vec<Job>, live: Live) -> impl Future<Output = ()> + use<> {
+    pub(crate) fn batch(
+        &mut self,
+        jobs: &mut Vec<Job>,
+        live: Live,
+    ) -> impl Future<Output = ()> + use<> {
         let mut pipeline = Pipeline::new();
         let mut sent = Vec::new();
         let mut requests: Vec<Requests> = Vec::new();
@@ -97,27 +102,26 @@ impl Writer {
         let now = Now::of(&self.clock);
         let count = jobs.len();
         let mut asking = 0;
-        for job in jobs {
+        for job in jobs.drain(..) {
             frame.clear();
             match job {
                 Job::Request {
                     service,
                     request,
                     expect_responder,
-                    ticket,
-                    since,
+                    expires,
                     done,
                 } => {
-                    let Some(expiry) = now.expiry(&request, since) else {
+                    let Some(expiry) = now.expiry(expires) else {
                         let late = Error::not_executed(
                             ErrorKind::DeadlineExceeded,
                             "the deadline passed before it was sent",
                         );
-                        let _ = done.send(Err(late));
+                        done.tell(Err(late));
                         continue;
                     };
-                    if !ticket.commit() {
-                        let _ = done.send(Err(withdrawn_error()));
+                    if !done.commit() {
+                        done.tell(Err(withdrawn_error()));
                         continue;
                     }
                     if request.reply_to.is_some() {
@@ -239,7 +243,10 @@ impl Writer {
             service,
             keys,
             life: Life::default(),
-            group: Group::new(command),
+            group: Group {
+                command,
+                sends: Vec::with_capacity(count),
+            },
         });
         next
     }
@@ -335,14 +342,13 @@ impl Now {
         }
     }
 
-    /// When a request expires, with the time that it waited here taken off; `None` if it has.
-    pub(crate) fn expiry(&self, request: &Request, since: Instant) -> Option<Expiry> {
-        let Some(deadline) = request.deadline else {
+    /// What is left of a request's time; `None` if nothing is.
+    pub(crate) fn expiry(&self, expires: Option<Instant>) -> Option<Expiry> {
+        let Some(expires) = expires else {
             return Some(Expiry::default());
         };
-        let left = deadline
-            .budget
-            .checked_sub(self.here.saturating_duration_since(since))
+        let left = expires
+            .checked_duration_since(self.here)
             .filter(|left| !left.is_zero())?;
         // Rounded up: a deadline is never early.
         let budget = millis(left).saturating_add(1);
@@ -381,23 +387,20 @@ impl Sent {
             }
             (Self::Pushed(sends) | Self::Delivered(sends), Value::Int(_)) => {
                 for done in sends {
-                    // Nobody waits for a send whose future was dropped.
-                    let _ = done.send(Ok(()));
+                    done.tell(Ok(()));
                 }
             }
-            (Self::Conditional(done), Value::Int(answer)) => {
-                let _ = done.send(match answer {
-                    1 => Ok(()),
-                    0 => Err(Error::not_executed(
-                        ErrorKind::NoResponder,
-                        "nobody serves the service",
-                    )),
-                    _ => Err(Error::not_executed(
-                        ErrorKind::Overloaded,
-                        "Redis has no room for the body",
-                    )),
-                });
-            }
+            (Self::Conditional(done), Value::Int(answer)) => done.tell(match answer {
+                1 => Ok(()),
+                0 => Err(Error::not_executed(
+                    ErrorKind::NoResponder,
+                    "nobody serves the service",
+                )),
+                _ => Err(Error::not_executed(
+                    ErrorKind::Overloaded,
+                    "Redis has no room for the body",
+                )),
+            }),
             (entry, other) => entry.fail(&error::unexpected("a send", other)),
         }
     }
@@ -407,10 +410,10 @@ impl Sent {
             Self::Aside => {}
             Self::Pushed(sends) | Self::Delivered(sends) => {
                 for done in sends {
-                    let _ = done.send(Err(error.clone()));
+                    done.tell(Err(error.clone()));
                 }
             }
-            Self::Conditional(done) => drop(done.send(Err(error.clone()))),
+            Self::Conditional(done) => done.tell(Err(error.clone())),
         }
     }
 }

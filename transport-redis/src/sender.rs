@@ -8,13 +8,14 @@ use std::time::Duration;
 use antiphon_core::{Error, ErrorKind, Reply, Request, ServiceName, Ticket};
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::clock::Clock;
+use crate::clock::{self, Clock};
 use crate::config::RedisConfig;
 use crate::connection::Link;
+use crate::done::Done;
 use crate::error;
 use crate::naming::InboxKeys;
 use crate::pace::Pace;
@@ -34,8 +35,6 @@ pub(crate) const TICK: Duration = Duration::from_secs(1);
 
 /// How long answers are waited for at the end, each time.
 const LAST_ANSWERS: Duration = Duration::from_millis(700);
-
-pub(crate) type Done = oneshot::Sender<Result<(), Error>>;
 
 /// The queue of sends.
 #[derive(Debug, Default)]
@@ -58,8 +57,8 @@ pub(crate) enum Job {
         service: ServiceName,
         request: Arc<Request>,
         expect_responder: bool,
-        ticket: Ticket,
-        since: Instant,
+        /// When it expires, by this host's clock; none if it never does.
+        expires: Option<Instant>,
         done: Done,
     },
     Reply {
@@ -72,8 +71,7 @@ pub(crate) enum Job {
 impl Job {
     pub(crate) fn finish(self, result: Result<(), Error>) {
         let (Self::Request { done, .. } | Self::Reply { done, .. }) = self;
-        // Nobody waits for a send whose future was dropped.
-        let _ = done.send(result);
+        done.tell(result);
     }
 
     fn size(&self) -> usize {
@@ -84,14 +82,29 @@ impl Job {
     }
 
     fn is_withdrawn(&self) -> bool {
-        match self {
-            Self::Request { ticket, .. } => ticket.is_withdrawn(),
-            Self::Reply { done, .. } => done.is_closed(),
-        }
+        let (Self::Request { done, .. } | Self::Reply { done, .. }) = self;
+        done.is_withdrawn()
     }
 }
 
 impl Sender {
+    /// Takes a request of a call, which its ticket tells if it fails. False if all is over.
+    pub(crate) fn post(
+        &self,
+        service: &ServiceName,
+        request: &Arc<Request>,
+        expect_responder: bool,
+        ticket: &Ticket,
+    ) -> bool {
+        self.push(|| Job::Request {
+            service: service.clone(),
+            request: Arc::clone(request),
+            expect_responder,
+            expires: ticket.deadline(),
+            done: Done::of_call(ticket.clone()),
+        })
+    }
+
     /// Sends a request; resolves when the broker has it.
     pub(crate) async fn request(
         &self,
@@ -100,16 +113,18 @@ impl Sender {
         expect_responder: bool,
         ticket: Ticket,
     ) -> Result<(), Error> {
-        let (done, result) = oneshot::channel();
-        self.push(Job::Request {
+        let (done, outcome) = Done::of_request(ticket.clone());
+        let job = || Job::Request {
             service,
+            expires: clock::expires(&request),
             request,
             expect_responder,
-            ticket: ticket.clone(),
-            since: Instant::now(),
             done,
-        });
-        result.await.unwrap_or_else(|_| {
+        };
+        if !self.push(job) {
+            return Err(error::closed());
+        }
+        outcome.await.unwrap_or_else(|_| {
             // Its trip was given up at close. If it was committed, it may have been written.
             Err(if ticket.withdraw() {
                 error::closed()
@@ -121,23 +136,30 @@ impl Sender {
 
     /// Sends a message to an inbox; resolves when the broker has it.
     pub(crate) async fn reply(&self, to: InboxKeys, reply: Arc<Reply>) -> Result<(), Error> {
-        let (done, result) = oneshot::channel();
-        self.push(Job::Reply { to, reply, done });
-        result
+        let (done, outcome) = Done::of_reply();
+        let job = || Job::Reply { to, reply, done };
+        if !self.push(job) {
+            return Err(error::closed());
+        }
+        outcome
             .await
             .unwrap_or_else(|_| Err(error::closed_on_the_way()))
     }
 
-    fn push(&self, job: Job) {
+    /// Makes a job and takes it, unless all is over.
+    fn push(&self, job: impl FnOnce() -> Job) -> bool {
         let mut queue = self.lock();
         if queue.closed {
-            drop(queue);
-            job.finish(Err(error::closed()));
-            return;
+            return false;
         }
-        queue.jobs.push_back(job);
+        let is_first = queue.jobs.is_empty();
+        queue.jobs.push_back(job());
         drop(queue);
-        self.arrived.notify_one();
+        // Behind others it needs no bell: while there are any, `run` looks by itself whenever it can send.
+        if is_first {
+            self.arrived.notify_one();
+        }
+        true
     }
 
     fn lock(&self) -> MutexGuard<'_, Queue> {
@@ -145,7 +167,7 @@ impl Sender {
     }
 
     /// Takes the next batch. True if it left some behind for the next wave.
-    fn take(&self) -> (Vec<Job>, bool) {
+    fn take(&self, batch: &mut Vec<Job>) -> bool {
         let mut queue = self.lock();
         let waiting = queue.jobs.len();
         let wave = self.pace.wave(waiting);
@@ -158,7 +180,8 @@ impl Sender {
         let most = wave.min(BATCH_MAX);
         let count = queue.jobs.iter().take(most).take_while(fits).count();
         let left = count == wave && waiting > wave;
-        (queue.jobs.drain(..count).collect(), left)
+        batch.extend(queue.jobs.drain(..count));
+        left
     }
 
     /// Forgets what its caller gave up while there was no connection.
@@ -203,6 +226,8 @@ impl Sender {
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut left = false;
+        // Reused: a list of a batch is dear to allocate.
+        let mut jobs = Vec::new();
         loop {
             // What a wave left behind is the next one: it goes out when this one is answered, or both would arrive as one.
             let room = waves.is_empty() || (waves.len() < WAVES && !left);
@@ -221,9 +246,8 @@ impl Sender {
                 // The requests are committed after this, so they are withdrawn in time while there is no connection.
                 live = link.ready(&ending), if room && waiting => {
                     if let Some(live) = live {
-                        let (jobs, some_left) = self.take();
-                        left = some_left;
-                        waves.push(writer.batch(jobs, live));
+                        left = self.take(&mut jobs);
+                        waves.push(writer.batch(&mut jobs, live));
                     }
                 }
                 () = self.arrived.notified(), if room && !waiting => {}

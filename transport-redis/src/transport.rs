@@ -6,7 +6,7 @@ use std::time::Duration;
 use antiphon_core::transport::{
     Capabilities, ConnectionState, Inbox, Outbound, SubscribeOptions, Subscription, Transport,
 };
-use antiphon_core::{CorrelationId, Error, ErrorKind, Request, ServiceName};
+use antiphon_core::{CorrelationId, Error, ErrorKind, Request, ServiceName, Ticket};
 use async_trait::async_trait;
 use tokio::sync::watch;
 use tokio::time::timeout;
@@ -209,6 +209,17 @@ impl Transport for RedisTransport {
                 self.shared.sender.reply(inbox, reply).await
             }
         }
+    }
+
+    fn post(
+        &self,
+        service: &ServiceName,
+        request: &Arc<Request>,
+        expect_responder: bool,
+        ticket: &Ticket,
+    ) -> bool {
+        let sender = &self.shared.sender;
+        sender.post(service, request, expect_responder, ticket)
     }
 
     async fn broadcast(

@@ -66,6 +66,9 @@ flaws! {
     /// A request is sent although it was withdrawn.
     SendsWithdrawn => ["leaks/dropped_call_is_not_sent_later", "reconnect/blocked_requests_are_not_sent_late"],
 
+    /// A request that was taken without a future is sent although it was withdrawn.
+    PostsWithdrawn => ["leaks/dropped_call_is_not_sent_later"],
+
     // Deadlines and responders.
 
     /// A request lives a hundred times as long as its caller waits.
@@ -90,6 +93,8 @@ flaws! {
         ["no_responder/late_server_serves_the_call", "no_responder/call_waits_until_its_deadline", "cancel/cancelled_while_queued", "cancel/pickup_timeout_is_no"],
     /// No request gets to know that there is no responder.
     NeverSaysNoResponder => ["no_responder/expect_responder_fails_fast", "drain/asked_meanwhile_is_not_heard"],
+    /// What became of a request that was taken without a future is told to nobody.
+    HidesFailedPosts => ["no_responder/expect_responder_fails_fast", "no_responder/stopped_server_is_none"],
     /// Whoever was served once is thought to be served for ever.
     RemembersResponders => ["no_responder/stopped_server_is_none"],
     /// A request that was refused for want of a responder is left in the queue.

@@ -299,6 +299,34 @@ impl Transport for Flawed {
         }
     }
 
+    /// Left out, but where the flaw is in it.
+    fn post(
+        &self,
+        service: &ServiceName,
+        request: &Arc<Request>,
+        expect_responder: bool,
+        ticket: &Ticket,
+    ) -> bool {
+        let (committed, failed) = match self.line.world.flaw {
+            Flaw::PostsWithdrawn => (Ticket::new(), ticket.clone()),
+            Flaw::HidesFailedPosts => (ticket.clone(), Ticket::new()),
+            _ => return false,
+        };
+        let message = Outbound::Request {
+            service: service.clone(),
+            request: Arc::clone(request),
+            expect_responder,
+            ticket: committed,
+        };
+        let sound = Arc::clone(&self.line.sound);
+        tokio::spawn(async move {
+            if let Err(error) = sound.send(message).await {
+                failed.fail(error);
+            }
+        });
+        true
+    }
+
     async fn broadcast(
         &self,
         service: &ServiceName,

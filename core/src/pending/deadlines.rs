@@ -8,8 +8,11 @@ use tokio::time::Instant;
 /// So many entries of ended calls are left alone, lest a few calls at once clean up all the time.
 const STALE_MIN: usize = 64;
 
+/// With so many entries for each call they are cleaned up: the more there may be, the fewer are looked at in vain.
+const STALE_FACTOR: usize = 4;
+
 /// The deadlines of the calls that wait, the first one on top. What ended before its deadline leaves its entry behind,
-/// as most calls do; those are removed many at a time, once they outnumber the calls.
+/// as most calls do; those are removed many at a time, once they are many more than the calls.
 #[derive(Debug, Default)]
 pub(super) struct Deadlines {
     heap: BinaryHeap<Reverse<(Instant, u128)>>,
@@ -26,7 +29,7 @@ impl Deadlines {
         waiting: usize,
         waits: impl Fn(u128) -> bool,
     ) -> bool {
-        if self.heap.len() >= 2 * waiting + STALE_MIN {
+        if self.heap.len() >= STALE_FACTOR * waiting + STALE_MIN {
             self.heap.retain(|Reverse((_, id))| waits(*id));
         }
         self.heap.push(Reverse((deadline, id)));

@@ -1,6 +1,7 @@
 //! The memory of calls that ended.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
+use std::collections::hash_map::{Entry, HashMap};
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -48,11 +49,18 @@ struct Indexed {
 impl EndedCalls {
     pub(super) fn remember(&mut self, id: u128, fate: Fate, now: Instant) {
         self.recent.push_back(EndedCall { id, at: now, fate });
-        self.forget_old(now);
+        // By their age they are forgotten when it matters.
+        if self.recent.len() > ENDED_MAX {
+            self.forget_oldest();
+        }
     }
 
     pub(super) fn find(&mut self, id: u128, now: Instant) -> Option<Fate> {
-        self.forget_old(now);
+        while let Some(oldest) = self.recent.front()
+            && oldest.at + ENDED_AGE < now
+        {
+            self.forget_oldest();
+        }
         for (offset, call) in self.recent.iter().enumerate().skip(self.indexed) {
             let number = self.first + offset as u64;
             let fate = call.fate;
@@ -62,23 +70,20 @@ impl EndedCalls {
         self.index.get(&id).map(|found| found.fate)
     }
 
-    fn forget_old(&mut self, now: Instant) {
-        while let Some(oldest) = self.recent.front()
-            && (self.recent.len() > ENDED_MAX || oldest.at + ENDED_AGE < now)
-        {
+    fn forget_oldest(&mut self) {
+        let Some(oldest) = self.recent.pop_front() else {
+            return;
+        };
+        if let Some(indexed) = self.indexed.checked_sub(1) {
+            self.indexed = indexed;
             // A call that entered again, behind a lost inbox, ended twice: the later end stays.
-            if self.indexed > 0
-                && self
-                    .index
-                    .get(&oldest.id)
-                    .is_some_and(|found| found.number == self.first)
+            if let Entry::Occupied(found) = self.index.entry(oldest.id)
+                && found.get().number == self.first
             {
-                self.index.remove(&oldest.id);
+                found.remove();
             }
-            self.recent.pop_front();
-            self.indexed = self.indexed.saturating_sub(1);
-            self.first += 1;
         }
+        self.first += 1;
     }
 
     #[cfg(test)]

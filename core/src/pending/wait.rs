@@ -7,6 +7,7 @@ use std::task::{Context, Poll, Waker};
 use tokio::time::Instant;
 
 use super::Ended;
+use crate::error::Error;
 
 /// What a call's future, the table and the request's [`Ticket`](crate::Ticket) share: one allocation for the three.
 #[derive(Debug, Default)]
@@ -22,25 +23,38 @@ pub(crate) struct Wait {
 struct State {
     ended: Option<Ended>,
     waker: Option<Waker>,
+    /// Nobody waits any more.
+    is_over: bool,
 }
 
 impl Wait {
-    pub(super) fn until(deadline: Instant) -> Self {
+    /// With the waker of who polls for it first, if that is known.
+    pub(super) fn until(deadline: Instant, waker: Option<Waker>) -> Self {
+        let state = State {
+            waker,
+            ..State::default()
+        };
         Self {
+            decided: AtomicU8::default(),
             deadline: Some(deadline),
-            ..Self::default()
+            state: Mutex::new(state),
         }
     }
 
-    /// Tells the call how it ended; for whoever took it out of the table.
+    /// Tells the call how it ended; for whoever took it out of the table. It has the last word: a reply is more than a send that
+    /// failed.
     pub(super) fn end(&self, ended: Ended) {
-        let waker = {
-            let mut state = self.lock();
-            state.ended = Some(ended);
-            state.waker.take()
-        };
-        if let Some(waker) = waker {
-            waker.wake();
+        let mut state = self.lock();
+        state.ended = Some(ended);
+        wake(state);
+    }
+
+    /// Tells the call that its request was not sent, or not accepted. It is in the table still.
+    pub(crate) fn fail(&self, error: Error) {
+        let mut state = self.lock();
+        if state.ended.is_none() && !state.is_over {
+            state.ended = Some(Ended::SendFailed(error));
+            wake(state);
         }
     }
 
@@ -48,6 +62,7 @@ impl Wait {
     pub(super) fn poll(&self, cx: &Context<'_>) -> Poll<Ended> {
         let mut state = self.lock();
         if let Some(ended) = state.ended.take() {
+            state.is_over = true;
             return Poll::Ready(ended);
         }
         match &mut state.waker {
@@ -57,7 +72,30 @@ impl Wait {
         Poll::Pending
     }
 
+    /// Nobody waits for the end, whether it has come or not.
+    pub(super) fn leave(&self) {
+        let mut state = self.lock();
+        state.is_over = true;
+        let left = (state.ended.take(), state.waker.take());
+        // Not under the lock: they may be the last of what they belong to.
+        drop(state);
+        drop(left);
+    }
+
+    pub(crate) fn is_over(&self) -> bool {
+        self.lock().is_over
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Not under the lock: who is woken may look at once.
+fn wake(mut state: MutexGuard<'_, State>) {
+    let waker = state.waker.take();
+    drop(state);
+    if let Some(waker) = waker {
+        waker.wake();
     }
 }

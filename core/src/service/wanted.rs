@@ -86,7 +86,7 @@ impl Service {
         let given_up = CancellationToken::new();
         let _entered = self.running.enter(&delivery.request.id, given_up.clone());
         let deadline = expires.min(now + patience);
-        let Ok(entered) = self.client.pending().enter(number, now, deadline) else {
+        let Ok(entered) = self.client.pending().enter(number, now, deadline, None) else {
             return Answer::Unheard;
         };
         let (mut slot, address) = (entered.slot, entered.address);

@@ -93,7 +93,6 @@ pub(crate) async fn deliveries(
             body: None,
             keep: QUEUE_TTL,
             expires: None,
-            received: false,
         };
         match frame::decode_request(frame) {
             Ok(frame) => {

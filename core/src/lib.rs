@@ -24,6 +24,7 @@ mod outbox_store;
 mod pending;
 mod server;
 mod service;
+mod settled;
 mod signal;
 mod ticket;
 pub mod transport;

@@ -1,7 +1,10 @@
 //! What becomes of one request in a server's hands.
 
 mod execution;
+mod under_way;
 mod wanted;
+
+pub(crate) use self::under_way::UnderWay;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -25,7 +28,7 @@ use crate::handler::AnyHandler;
 use crate::name::{Method, Node, ReplyAddress, ServiceName};
 use crate::server::{Counters, Outbox, Running, count};
 use crate::signal::{Signal, Signals};
-use crate::transport::{Delivery, Outbound};
+use crate::transport::{Delivery, Outbound, Settle};
 
 /// After so long, what was delivered together is served by tasks, and others are to have their turn: timers too.
 const IN_PLACE_MAX: Duration = Duration::from_micros(200);
@@ -44,6 +47,8 @@ pub(crate) struct Service {
     pub(crate) outbox: Arc<Outbox>,
     /// Fires when the server stops waiting for its handlers.
     pub(crate) kill: CancellationToken,
+    /// The settlements under way for which no task waits. Only a drain waits for them, not whoever kills.
+    pub(crate) settling: TaskTracker,
 }
 
 impl fmt::Debug for Service {
@@ -134,7 +139,10 @@ impl Service {
         // It was finished when the broker was away.
         if let (Some(reply), Some(to)) = (self.outbox.find(id, reply_to), reply_to) {
             let (id, to) = (id.clone(), to.clone());
-            match self.settled(delivery.reply_shared(Some(reply)).1).await {
+            match self
+                .settled(delivery.settled(Settle::Reply(Some(reply))))
+                .await
+            {
                 Some(Ok(())) => self.outbox.forget(&id, &to),
                 Some(Err(error)) => self.unsettled(&error),
                 None => {}
@@ -184,7 +192,7 @@ impl Service {
         }
     }
 
-    /// Waits for a settlement, unless the server is killed meanwhile: once polled, it happens.
+    /// Waits for a settlement, unless the server is killed meanwhile: once polled, it happens all the same.
     async fn settle(&self, settling: impl Future<Output = Result<(), Error>> + Send) {
         if let Some(Err(error)) = self.settled(settling).await {
             self.unsettled(&error);

@@ -4,8 +4,8 @@
 //! the conformance cases that check it; `docs/writing-a-transport.md` is the guided tour.
 
 use std::fmt::Debug;
-use std::pin::Pin;
 use std::sync::Arc;
+use std::task::Poll;
 
 use async_trait::async_trait;
 use tokio::sync::watch;
@@ -13,8 +13,9 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::envelope::{CorrelationId, Reply, Request};
-use crate::error::Error;
+use crate::error::{Error, ErrorKind};
 use crate::name::{ReplyAddress, ServiceName};
+pub use crate::settled::{Later, Settled};
 use crate::ticket::Ticket;
 
 /// A connection to a broker.
@@ -358,9 +359,6 @@ pub enum SubscriptionEvent {
     Closed(Error),
 }
 
-/// A settlement under way.
-pub(crate) type Settling = Pin<Box<dyn Future<Output = Result<(), Error>> + Send>>;
-
 /// One request in one server's hands. It is settled once, by value; dropped unsettled, it is delivered again with
 /// its attempt counted.
 #[derive(Debug)]
@@ -419,16 +417,31 @@ impl Delivery {
     ///
     /// # Errors
     /// As above.
-    pub fn reply(
-        self,
-        reply: Option<Reply>,
-    ) -> impl Future<Output = Result<(), Error>> + Send + use<> {
-        self.reply_shared(reply.map(Arc::new)).1
+    pub async fn reply(self, reply: Option<Reply>) -> Result<(), Error> {
+        self.settled(Settle::Reply(reply.map(Arc::new))).await
     }
 
-    /// As [`reply`](Self::reply), with a reply of which somebody else has a share. The request is left.
-    pub(crate) fn reply_shared(self, reply: Option<Arc<Reply>>) -> (Arc<Request>, Settling) {
-        (self.request, self.settlement.settle(Settle::Reply(reply)))
+    /// Settles it, and waits for the end.
+    pub(crate) async fn settled(self, settle: Settle) -> Result<(), Error> {
+        let mut told = None;
+        let mut later = || {
+            let (settled, waits) = Settled::to_waiter();
+            told = Some(waits);
+            settled
+        };
+        match (self.settlement.settle(settle, Later::new(&mut later)), told) {
+            (Poll::Pending, Some(told)) => told.ended().await,
+            (Poll::Pending, None) => {
+                let message = "the transport keeps to itself how settling ended";
+                Err(Error::maybe_executed(ErrorKind::Broker, message))
+            }
+            (Poll::Ready(settled), _) => settled,
+        }
+    }
+
+    /// The request, and what settles it.
+    pub(crate) fn into_parts(self) -> (Arc<Request>, Box<dyn Settlement>) {
+        (self.request, self.settlement)
     }
 
     /// Waits until it is certain that nobody else has it, as it mostly is, and gives the time then. None if somebody may: it is not to
@@ -456,9 +469,7 @@ impl Delivery {
     /// As of [`reply`](Self::reply).
     pub async fn dead_letter(self, reason: String, reply: Option<Reply>) -> Result<(), Error> {
         let reply = reply.map(Arc::new);
-        self.settlement
-            .settle(Settle::DeadLetter { reason, reply })
-            .await
+        self.settled(Settle::DeadLetter { reason, reply }).await
     }
 
     /// Gives the request back, never having started it: it is delivered again, and the attempt is not counted.
@@ -468,7 +479,7 @@ impl Delivery {
     /// # Errors
     /// As of [`reply`](Self::reply).
     pub async fn release(self) -> Result<(), Error> {
-        self.settlement.settle(Settle::Release).await
+        self.settled(Settle::Release).await
     }
 }
 
@@ -477,10 +488,12 @@ impl Delivery {
 /// **Dropping** it unsettled returns the request to the service with its attempt counted, as if the server had died.
 #[async_trait]
 pub trait Settlement: Debug + Send + Sync {
-    /// Settles the delivery; see the methods of [`Delivery`].
+    /// Settles the delivery; see the methods of [`Delivery`]. Once called, it happens; it does not block.
     ///
-    /// **Cancel safety**: once polled, it happens.
-    async fn settle(self: Box<Self>, settle: Settle) -> Result<(), Error>;
+    /// **Ready** if it is known at once how that ended. Else, and only then, `later` was made a [`Settled`], which is told it, once:
+    /// over a network, as soon as the broker has accepted what settles the delivery, or will not.
+    /// *Checked by* `round_trip/*`, `redelivery/*`, `close/*`.
+    fn settle(self: Box<Self>, settle: Settle, later: Later<'_>) -> Poll<Result<(), Error>>;
 
     /// Makes certain that nobody else has the delivery, and says until when that holds; none if somebody may. Only for one that says
     /// until [when](Delivery::certain_until) it is certain: by default none.

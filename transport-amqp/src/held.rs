@@ -3,11 +3,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use antiphon_core::transport::Settled;
 use antiphon_core::{CorrelationId, Error, Reply, Request};
 use bytes::Bytes;
 use lapin::BasicProperties;
 use lapin::types::ShortString;
-use tokio::sync::oneshot;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -32,8 +32,8 @@ pub(crate) struct Held {
     pub(crate) moved: bool,
     /// It takes a handler's place.
     pub(crate) handed: bool,
-    /// Who waits for it to be settled.
-    pub(crate) done: Option<oneshot::Sender<Result<(), Error>>>,
+    /// Who is to be told when it is settled.
+    pub(crate) settled: Option<Settled>,
     properties: BasicProperties,
     body: Bytes,
     plain: bool,
@@ -112,7 +112,7 @@ impl Held {
             progress,
             moved: false,
             handed: false,
-            done: None,
+            settled: None,
             plain: message::is_plain(&properties),
             properties,
             body,
@@ -218,8 +218,8 @@ impl Held {
     }
 
     pub(crate) fn resolve(&mut self, result: Result<(), Error>) {
-        if let Some(done) = self.done.take() {
-            let _ = done.send(result);
+        if let Some(settled) = self.settled.take() {
+            settled.tell(result);
         }
     }
 }

@@ -1,7 +1,9 @@
-//! The settling half of a delivery: it tells the subscription's task, and waits for its word.
+//! The settling half of a delivery: it tells the subscription's task, which tells how that ended.
 
-use antiphon_core::transport::{Settle, Settlement};
-use antiphon_core::{Error, ErrorKind};
+use std::task::Poll;
+
+use antiphon_core::Error;
+use antiphon_core::transport::{Later, Settle, Settled, Settlement};
 use async_trait::async_trait;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
@@ -12,8 +14,8 @@ pub(crate) enum Command {
     /// Settle a delivery, and say when it is.
     Settle {
         key: u64,
-        settle: Box<Settle>,
-        done: oneshot::Sender<Result<(), Error>>,
+        settle: Settle,
+        settled: Settled,
     },
     /// A delivery was dropped unsettled.
     Dropped { key: u64 },
@@ -33,7 +35,13 @@ pub(crate) enum Command {
 impl Command {
     /// True if it gives a delivery back that was not started.
     pub(crate) fn is_release(&self) -> bool {
-        matches!(self, Self::Settle { settle, .. } if matches!(**settle, Settle::Release))
+        matches!(
+            self,
+            Self::Settle {
+                settle: Settle::Release,
+                ..
+            }
+        )
     }
 }
 
@@ -62,17 +70,18 @@ impl Settlement for AmqpSettlement {
         answer.await.ok().flatten()
     }
 
-    async fn settle(mut self: Box<Self>, settle: Settle) -> Result<(), Error> {
-        let (done, settled) = oneshot::channel();
-        // Taken, so that dropping this future no longer counts as dropping the delivery.
+    fn settle(mut self: Box<Self>, settle: Settle, later: Later<'_>) -> Poll<Result<(), Error>> {
+        let settled = later.settled();
+        // Taken, so that it is not given back as well. If the task has gone, this drops what was to be told, which tells just that.
         if let Some(commands) = self.commands.take() {
-            let (key, settle) = (self.key, Box::new(settle));
-            let _ = commands.send(Command::Settle { key, settle, done });
+            let key = self.key;
+            let _ = commands.send(Command::Settle {
+                key,
+                settle,
+                settled,
+            });
         }
-        settled.await.unwrap_or_else(|_| {
-            let message = "the transport was closed before the broker's word";
-            Err(Error::maybe_executed(ErrorKind::Closed, message))
-        })
+        Poll::Pending
     }
 }
 

@@ -5,9 +5,9 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex};
 use std::{fmt, mem};
 
-use antiphon_core::transport::Settle;
+use antiphon_core::transport::{Settle, Settled};
 use antiphon_core::{ConnectionState, Error};
-use tokio::sync::{Notify, oneshot, watch};
+use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
 use crate::hub::Hub;
@@ -38,7 +38,7 @@ pub(crate) struct Connection {
 struct Parked {
     settlement: MemorySettlement,
     settle: Settle,
-    done: oneshot::Sender<Result<(), Error>>,
+    settled: Settled,
 }
 
 impl Connection {
@@ -184,23 +184,17 @@ impl Connection {
         }
     }
 
-    /// Settles a delivery once the connection is no longer paused, even if nobody waits for the answer.
-    pub(crate) fn park(
-        &self,
-        settlement: MemorySettlement,
-        settle: Settle,
-    ) -> oneshot::Receiver<Result<(), Error>> {
-        let (done, answer) = oneshot::channel();
+    /// Settles a delivery once the connection is no longer paused.
+    pub(crate) fn park(&self, settlement: MemorySettlement, settle: Settle, settled: Settled) {
         lock(&self.parked).push(Parked {
             settlement,
             settle,
-            done,
+            settled,
         });
         // If it resumed just before the push, nobody else will look here.
         if !self.is_paused() || self.is_closed() {
             self.unpark();
         }
-        answer
     }
 
     fn unpark(&self) {
@@ -208,11 +202,10 @@ impl Connection {
         for Parked {
             mut settlement,
             settle,
-            done,
+            settled,
         } in parked
         {
-            // Nobody listens if the future was dropped.
-            let _ = done.send(settlement.settle_now(settle));
+            settled.tell(settlement.settle_now(settle));
         }
     }
 

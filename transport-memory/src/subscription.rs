@@ -1,15 +1,14 @@
 //! A server's half of a subscription, and of each delivery.
 
 use std::future::poll_fn;
-use std::mem;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, ready};
+use std::task::Poll;
 
-use antiphon_core::transport::{Delivery, Settle, Settlement, Subscription, SubscriptionEvent};
+use antiphon_core::transport::{
+    Delivery, Later, Settle, Settlement, Subscription, SubscriptionEvent,
+};
 use antiphon_core::{Error, ErrorKind};
 use async_trait::async_trait;
-use tokio::sync::oneshot;
 use tokio::task::coop;
 
 use crate::closed;
@@ -68,7 +67,6 @@ impl Subscription for MemorySubscription {
                             let settlement = MemorySettlement {
                                 link: Arc::clone(link),
                                 held: Some(taken.key),
-                                stage: Stage::Still,
                             };
                             Delivery::new(
                                 taken.request,
@@ -117,61 +115,21 @@ impl Drop for Wait<'_> {
     }
 }
 
-/// It is the future of its own settling, so that this needs no other place.
 #[derive(Debug)]
 pub(crate) struct MemorySettlement {
     link: Arc<Link>,
     /// None once it is settled.
     held: Option<Key>,
-    stage: Stage,
-}
-
-#[derive(Debug)]
-enum Stage {
-    /// Nobody settles it, or not any more.
-    Still,
-    Settling(Settle),
-    /// Its connection is paused.
-    Parked(oneshot::Receiver<Result<(), Error>>),
 }
 
 impl Settlement for MemorySettlement {
-    fn settle<'a>(
-        mut self: Box<Self>,
-        settle: Settle,
-    ) -> Pin<Box<dyn Future<Output = Result<(), Error>> + Send + 'a>>
-    where
-        Self: 'a,
-    {
-        self.stage = Stage::Settling(settle);
-        Box::into_pin(self)
-    }
-}
-
-impl Future for MemorySettlement {
-    type Output = Result<(), Error>;
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
-        let this = &mut *self;
-        if let Stage::Settling(settle) = mem::replace(&mut this.stage, Stage::Still) {
-            if !this.link.connection.is_paused() {
-                return Poll::Ready(this.settle_now(settle));
-            }
-            let parked = Self {
-                link: Arc::clone(&this.link),
-                held: this.held.take(),
-                stage: Stage::Still,
-            };
-            this.stage = Stage::Parked(this.link.connection.park(parked, settle));
+    fn settle(mut self: Box<Self>, settle: Settle, later: Later<'_>) -> Poll<Result<(), Error>> {
+        if self.link.connection.is_paused() {
+            let connection = Arc::clone(&self.link.connection);
+            connection.park(*self, settle, later.settled());
+            return Poll::Pending;
         }
-        match &mut this.stage {
-            Stage::Parked(answer) => {
-                let answer = ready!(Pin::new(answer).poll(cx));
-                Poll::Ready(answer.unwrap_or_else(|_| Err(closed("connection"))))
-            }
-            // It was polled to its end before.
-            _ => Poll::Ready(Err(this.lost())),
-        }
+        Poll::Ready(self.settle_now(settle))
     }
 }
 

@@ -91,7 +91,6 @@ pub(crate) async fn deliveries(
             body: None,
             keep: QUEUE_TTL,
             expires: None,
-            received: false,
         };
         match frame::decode_request(frame, last) {
             Ok(mut frame) => {

@@ -5,11 +5,11 @@ use std::mem;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use antiphon_core::Error;
+use antiphon_core::Reply;
 use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
@@ -17,8 +17,9 @@ use crate::config::RedisConfig;
 use crate::connection::{Backoff, Link};
 use crate::error;
 use crate::naming::InboxKeys;
-use crate::session::{Session, Token};
+use crate::session::Session;
 use crate::settle_batch::Batch;
+use crate::settlement::RedisSettlement;
 
 /// The most settlements of one batch. Lua unpacks no more than about 8,000 values.
 const BATCH_MAX: usize = 512;
@@ -26,93 +27,35 @@ const BATCH_MAX: usize = 512;
 /// The most bytes of replies in one batch, more or less.
 const BATCH_BYTES: usize = 1 << 20;
 
+/// What a reply takes besides its body, more or less.
+const FRAME_BYTES: usize = 64;
+
 /// The most batches under way at once.
 const WAVES: usize = 2;
 
-/// One request to settle.
-#[derive(Debug)]
-pub(crate) struct Item {
-    pub(crate) session: Arc<Session>,
-    pub(crate) token: Token,
-    pub(crate) end: End,
-    pub(crate) done: Option<oneshot::Sender<Result<(), Error>>>,
-    /// Until when somebody waits for the reply that goes with it.
-    pub(crate) expires: Option<Instant>,
-    /// It was written before, and nobody knows if it was executed.
-    pub(crate) repeated: bool,
-    /// The batch that it was in was refused for good, so it is asked for by itself.
-    pub(crate) alone: bool,
-}
-
-impl Item {
-    pub(crate) fn new(
-        session: Arc<Session>,
-        token: Token,
-        end: End,
-        done: Option<oneshot::Sender<Result<(), Error>>>,
-    ) -> Self {
-        Self {
-            session,
-            token,
-            end,
-            done,
-            expires: None,
-            repeated: false,
-            alone: false,
-        }
-    }
-
-    pub(crate) fn finish(mut self, result: Result<(), Error>) {
-        self.tell(result);
-    }
-
-    /// Tells whoever waits for it, once.
-    pub(crate) fn tell(&mut self, result: Result<(), Error>) {
-        if let Some(done) = self.done.take() {
-            // Nobody waits for a settlement whose future was dropped.
-            let _ = done.send(result);
-        }
-    }
-
-    /// The reply that goes with it as it is.
-    pub(crate) fn frame(&self) -> &[u8] {
-        match &self.end {
-            End::Plain {
-                reply: Some((_, frame)),
-            } => frame,
-            _ => &[],
-        }
-    }
-
-    /// Leaves out a reply that nobody waits for any more; the request is settled all the same.
-    fn drop_expired(&mut self, now: Instant) {
-        if self.expires.is_none_or(|expires| expires > now) {
-            return;
-        }
-        match &mut self.end {
-            End::Plain { reply } => *reply = None,
-            End::Full(full) => (full.reply, full.reply_body) = (None, None),
-            End::GiveBack { .. } => {}
-        }
-    }
-
-    fn size(&self) -> usize {
-        match &self.end {
-            End::Full(full) => full.reply_body.as_ref().map_or(0, |body| body.bytes.len()),
-            End::Plain { .. } | End::GiveBack { .. } => self.frame().len(),
-        }
-    }
-}
+/// One request to settle. It stays where it is on all its ways.
+pub(crate) type Item = Box<RedisSettlement>;
 
 /// How a request ends.
 #[derive(Debug)]
 pub(crate) enum End {
-    /// With a small reply or none: moved in batches.
-    Plain { reply: Option<(InboxKeys, Vec<u8>)> },
+    /// With a small reply or none: moved in batches. If there is one, there is an inbox for it.
+    Plain { reply: Option<Arc<Reply>> },
     /// With more to it.
     Full(Box<FullEnd>),
-    /// Back to the service, for this attempt, to be kept there this long.
-    GiveBack { attempt: u32, keep: Duration },
+    /// Back to the service, for this attempt.
+    GiveBack { attempt: u32 },
+}
+
+impl End {
+    /// Bytes, more or less.
+    fn size(&self) -> usize {
+        match self {
+            Self::Plain { reply: Some(reply) } => FRAME_BYTES + reply.body.len(),
+            Self::Full(full) => full.reply_body.as_ref().map_or(0, |body| body.bytes.len()),
+            Self::Plain { reply: None } | Self::GiveBack { .. } => 0,
+        }
+    }
 }
 
 /// An end with bodies in their own keys, or in the dead letters.
@@ -167,12 +110,12 @@ struct Queue {
 
 impl Completer {
     /// Settles, soon.
-    pub(crate) fn push(&self, item: Item) {
+    pub(crate) fn push(&self, mut item: Item) {
         let mut queue = self.lock();
         if queue.closed {
             drop(queue);
-            item.session.let_go();
-            item.finish(Err(error::closed()));
+            item.session.let_go(1);
+            item.tell(Err(error::closed()));
             return;
         }
         queue.items.push_back(item);
@@ -205,7 +148,7 @@ impl Completer {
             .take(BATCH_MAX)
             .take_while(|item| {
                 let fits = bytes < BATCH_BYTES;
-                bytes += item.size();
+                bytes += item.end.size();
                 fits
             })
             .count();
@@ -259,9 +202,9 @@ impl Completer {
             queue.closed = true;
             mem::take(&mut queue.items)
         };
-        for item in items {
-            item.session.let_go();
-            item.finish(Err(error::closed()));
+        for mut item in items {
+            item.session.let_go(1);
+            item.tell(Err(error::closed()));
         }
     }
 
@@ -335,9 +278,9 @@ impl Completer {
                 .leaving
                 .retain(|session| !session.lease.is_cancelled());
         }
-        for item in lost {
-            item.session.let_go();
-            item.finish(Err(error::lost_lease()));
+        for mut item in lost {
+            item.session.let_go(1);
+            item.tell(Err(error::lost_lease()));
         }
     }
 }
@@ -349,7 +292,7 @@ pub(crate) fn millis(duration: Duration) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use antiphon_core::ServiceName;
+    use antiphon_core::{CorrelationId, ServiceName};
 
     use super::*;
     use crate::naming::ServiceKeys;
@@ -359,16 +302,17 @@ mod tests {
     fn push(completer: &Completer) {
         let keys = Arc::new(ServiceKeys::new(&ServiceName::new("fib").unwrap()));
         let session = Session::new("1".to_owned(), &keys, &Arc::default());
-        let reply = Some((InboxKeys::new("caller").unwrap(), b"reply".to_vec()));
-        let token = Token::parse(b"1").unwrap();
-        let mut item = Item::new(session, token, End::Plain { reply }, None);
-        item.expires = Some(Instant::now() + WAITS);
-        completer.push(item);
+        let reply = Reply::value(CorrelationId::random(), "reply");
+        let expires = Some(Instant::now() + WAITS);
+        completer.push(Item::new(RedisSettlement::replying(
+            session, reply, expires,
+        )));
     }
 
     fn replies(completer: &Completer) -> usize {
         let items = completer.take().items;
-        items.iter().filter(|item| !item.frame().is_empty()).count()
+        let has_reply = |item: &&Item| matches!(&item.end, End::Plain { reply: Some(_) });
+        items.iter().filter(has_reply).count()
     }
 
     #[tokio::test(start_paused = true)]

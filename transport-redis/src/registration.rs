@@ -8,10 +8,11 @@ use antiphon_core::{Error, ErrorKind};
 use tokio::time::sleep_until;
 
 use crate::command::Pipeline;
-use crate::completer::{End, Item, millis};
+use crate::completer::{Item, millis};
 use crate::connection::{self, Backoff};
 use crate::session::{Session, Token};
 use crate::settle_batch::{Reclaim, leave, reclaim};
+use crate::settlement::RedisSettlement;
 use crate::taker::Taker;
 use crate::transport::Shared;
 use crate::value::Value;
@@ -244,13 +245,9 @@ impl Taker {
         unknown.sort_by_key(|token| std::cmp::Reverse(token.number));
         session.hold(unknown.len());
         for token in unknown {
-            let end = End::GiveBack {
-                attempt: token.attempt,
-                keep: QUEUE_TTL,
-            };
-            self.shared
-                .completer
-                .push(Item::new(Arc::clone(session), token, end, None));
+            let session = Arc::clone(session);
+            let back = RedisSettlement::returned(session, token, token.attempt, QUEUE_TTL);
+            self.shared.completer.push(Item::new(back));
         }
         if !session.retire() {
             return;

@@ -57,10 +57,10 @@ impl Session {
         self.slots.held.fetch_add(count, Ordering::AcqRel);
     }
 
-    /// Counts one as settled. True if the session is over by that: retired, and nothing in its hands.
-    pub(crate) fn let_go(&self) -> bool {
-        let last = self.held.fetch_sub(1, Ordering::AcqRel) == 1;
-        self.slots.held.fetch_sub(1, Ordering::AcqRel);
+    /// Counts so many as settled. True if the session is over by that: retired, and nothing in its hands.
+    pub(crate) fn let_go(&self, count: usize) -> bool {
+        let last = self.held.fetch_sub(count, Ordering::AcqRel) == count;
+        self.slots.held.fetch_sub(count, Ordering::AcqRel);
         self.slots.freed.notify_one();
         last && self.retired.load(Ordering::Acquire)
     }

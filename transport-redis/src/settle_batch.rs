@@ -1,10 +1,10 @@
 //! One trip of settlements: the commands, and what their answers mean.
 
 use std::collections::HashMap;
+use std::iter;
 use std::sync::Arc;
 use std::time::Duration;
 
-use antiphon_core::Error;
 use redis::RedisResult;
 
 use crate::command::{Cmd, Pipeline};
@@ -14,7 +14,7 @@ use crate::connection::Live;
 use crate::naming::{self, InboxKeys, ServiceKeys};
 use crate::session::Session;
 use crate::value::Value;
-use crate::{QUEUE_TTL, error, scripts};
+use crate::{QUEUE_TTL, error, frame, scripts};
 
 /// For how long the body of a dead letter is kept.
 const DEAD_BODY_TTL: Duration = Duration::from_secs(7 * 24 * 3600);
@@ -60,7 +60,7 @@ impl Batch {
         let ttl = millis(config.inbox_ttl);
         let mut probed: Vec<&Arc<Session>> = Vec::new();
         for item in self.items.iter().filter(|item| item.repeated) {
-            let Item { session, .. } = item;
+            let session = &item.session;
             if !probed.iter().any(|other| Arc::ptr_eq(other, session)) {
                 pipeline
                     .cmd("SISMEMBER")
@@ -89,7 +89,7 @@ impl Batch {
                     pipeline.add_command(settle(&item, full, ttl, config));
                     sent.push(Sent::One(item));
                 }
-                End::GiveBack { attempt, keep } => {
+                End::GiveBack { attempt } => {
                     let keys = &item.session.keys;
                     let mut command = scripts::GIVE_BACK.on(&[
                         &item.session.held_key,
@@ -97,7 +97,7 @@ impl Batch {
                         &keys.returned,
                         &keys.bell,
                     ]);
-                    command.arg(item.token).arg(*attempt).arg(millis(*keep));
+                    command.arg(item.token).arg(*attempt).arg(millis(item.keep));
                     pipeline.add_command(command);
                     sent.push(Sent::One(item));
                 }
@@ -141,10 +141,7 @@ impl Group {
     }
 
     fn add(&mut self, item: Item) {
-        let End::Plain {
-            reply: Some((inbox, _)),
-        } = &item.end
-        else {
+        let (End::Plain { reply: Some(_) }, Some(inbox)) = (&item.end, &item.reply_to) else {
             self.silent.push(item);
             return;
         };
@@ -171,6 +168,7 @@ impl Group {
         }
         let replies = || self.inboxes.iter().flat_map(|(_, replies)| replies);
         let mut command;
+        let mut frame = Vec::new();
         if self
             .silent
             .iter()
@@ -185,7 +183,8 @@ impl Group {
             for (_, replies) in &self.inboxes {
                 command.arg(replies.len());
                 for item in replies {
-                    command.arg(item.token).arg(item.frame());
+                    encode(item, &mut frame);
+                    command.arg(item.token).arg(&frame[..]);
                 }
             }
         } else {
@@ -197,7 +196,8 @@ impl Group {
             for (_, replies) in &self.inboxes {
                 command.arg(replies.len());
                 for item in replies {
-                    command.arg(item.frame());
+                    encode(item, &mut frame);
+                    command.arg(&frame[..]);
                 }
             }
         }
@@ -206,6 +206,14 @@ impl Group {
             items.extend(replies);
         }
         (command, items)
+    }
+}
+
+/// Writes the reply of a small end in place of what was there.
+fn encode(item: &Item, frame: &mut Vec<u8>) {
+    frame.clear();
+    if let End::Plain { reply: Some(reply) } = &item.end {
+        frame::encode_reply(reply, None, frame);
     }
 }
 
@@ -333,15 +341,9 @@ fn conclude(answers: RedisResult<Vec<Value>>, sent: Vec<Sent>, completer: &Compl
                 _ => session.leave(),
             },
             Sent::Many(items) => match &answer {
-                Value::Int(held) => {
-                    for item in items {
-                        settled(item, *held == 1, completer);
-                    }
-                }
+                Value::Int(held) => settled(items, iter::repeat(*held == 1), completer),
                 Value::BulkString(bits) if bits.len() == items.len() => {
-                    for (item, &bit) in items.into_iter().zip(bits) {
-                        settled(item, bit == b'1', completer);
-                    }
+                    settled(items, bits.iter().map(|&bit| bit == b'1'), completer);
                 }
                 other => again.extend(unsettled(items, other, completer)),
             },
@@ -355,7 +357,7 @@ fn conclude(answers: RedisResult<Vec<Value>>, sent: Vec<Sent>, completer: &Compl
                     }
                     again.push(item);
                 }
-                Value::Int(bit) => settled(item, bit == 1, completer),
+                Value::Int(bit) => settled(vec![item], [bit == 1], completer),
                 other => again.extend(unsettled(vec![item], &other, completer)),
             },
         }
@@ -366,16 +368,25 @@ fn conclude(answers: RedisResult<Vec<Value>>, sent: Vec<Sent>, completer: &Compl
     }
 }
 
-fn settled(item: Item, held: bool, completer: &Completer) {
-    // What was asked twice and is no longer held was settled the first time, as long as the lease stands.
-    let result = if held || (item.repeated && !item.session.lease.is_cancelled()) {
-        Ok(())
-    } else {
-        // Only a monitor takes what a session holds, and it takes all.
-        item.session.lease.cancel();
-        Err(error::lost_lease())
+/// Ends items of one session, each with whether the session had it.
+fn settled(items: Vec<Item>, held: impl IntoIterator<Item = bool>, completer: &Completer) {
+    let Some(first) = items.first() else {
+        return;
     };
-    let_go(item, result, completer);
+    let session = Arc::clone(&first.session);
+    let_go(&session, items.len(), completer);
+    for (mut item, held) in items.into_iter().zip(held) {
+        // What was asked twice and is no longer held was settled the first time, as long as the lease stands.
+        item.tell(
+            if held || (item.repeated && !session.lease.is_cancelled()) {
+                Ok(())
+            } else {
+                // Only a monitor takes what a session holds, and it takes all.
+                session.lease.cancel();
+                Err(error::lost_lease())
+            },
+        );
+    }
 }
 
 /// What is to be asked of items that Redis refused to settle. None of them is let go while its session may still hold it:
@@ -401,12 +412,13 @@ fn unsettled(items: Vec<Item>, answer: &Value, completer: &Completer) -> Vec<Ite
         if let End::GiveBack { .. } = item.end {
             // Only the end of the session helps: then all that it holds goes back.
             item.session.lease.cancel();
-            let_go(item, Err(error), completer);
+            let_go(&item.session, 1, completer);
+            item.tell(Err(error));
         } else {
             item.tell(Err(error));
+            item.keep = QUEUE_TTL;
             item.end = End::GiveBack {
                 attempt: item.token.attempt.saturating_add(1),
-                keep: QUEUE_TTL,
             };
             again.push(item);
         }
@@ -414,9 +426,8 @@ fn unsettled(items: Vec<Item>, answer: &Value, completer: &Completer) -> Vec<Ite
     again
 }
 
-fn let_go(item: Item, result: Result<(), Error>, completer: &Completer) {
-    if item.session.let_go() {
-        completer.leave(Arc::clone(&item.session));
+fn let_go(session: &Arc<Session>, count: usize, completer: &Completer) {
+    if session.let_go(count) {
+        completer.leave(Arc::clone(session));
     }
-    item.finish(result);
 }

@@ -4,9 +4,7 @@ use std::collections::VecDeque;
 use std::mem;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use antiphon_core::transport::{
-    Delivery, Settle, Settlement, SubscribeOptions, Subscription, SubscriptionEvent,
-};
+use antiphon_core::transport::{Delivery, SubscribeOptions, Subscription, SubscriptionEvent};
 use antiphon_core::{Error, ErrorKind, Request, ServiceName};
 use async_trait::async_trait;
 use futures_util::future::join_all;
@@ -164,7 +162,7 @@ impl Buffer {
         join_all(
             left.into_iter()
                 .rev()
-                .map(|taken| taken.settlement.settle(Settle::Release)),
+                .map(|taken| taken.receive().release()),
         )
         .await;
     }

@@ -1,10 +1,11 @@
 //! A subscription and its deliveries, passed on but for their flaw.
 
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
 use antiphon_core::transport::{
-    Delivery, Outbound, Settle, Settlement, Subscription, SubscriptionEvent,
+    Delivery, Later, Outbound, Settle, Settlement, Subscription, SubscriptionEvent,
 };
 use antiphon_core::{CorrelationId, Error, ErrorKind, Outcome, Reply, ReplyAddress};
 use async_trait::async_trait;
@@ -135,9 +136,17 @@ impl FlawedSettlement {
     }
 }
 
-#[async_trait]
 impl Settlement for FlawedSettlement {
-    async fn settle(mut self: Box<Self>, settle: Settle) -> Result<(), Error> {
+    fn settle(self: Box<Self>, settle: Settle, later: Later<'_>) -> Poll<Result<(), Error>> {
+        let settled = later.settled();
+        // Flawed, but so is it over a network: whoever settles waits for nothing.
+        tokio::spawn(async move { settled.tell(self.flawed(settle).await) });
+        Poll::Pending
+    }
+}
+
+impl FlawedSettlement {
+    async fn flawed(mut self: Box<Self>, settle: Settle) -> Result<(), Error> {
         let Some(sound) = self.sound.take() else {
             return match settle {
                 Settle::Reply(reply) | Settle::DeadLetter { reply, .. } => {

@@ -3,11 +3,11 @@
 use std::collections::HashMap;
 use std::fmt::Debug;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::Poll;
 
-use async_trait::async_trait;
 use bytes::Bytes;
 use serde::Serialize;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -23,7 +23,7 @@ use crate::fault::{Code, Fault};
 use crate::name::{Method, Node, ReplyAddress, ServiceName};
 use crate::service::Service;
 use crate::signal::{Signal, Signals};
-use crate::transport::{Delivery, Outbound, Settle, Settlement, Transport};
+use crate::transport::{Delivery, Later, Outbound, Settle, Settlement, Transport};
 
 /// How many words may wait to be dealt with; what comes on top is dropped, as if it had not arrived.
 pub(crate) const BACKLOG_MAX: usize = 1024;
@@ -177,6 +177,8 @@ impl Desk {
             transport: Arc::clone(&self.transport),
             to: request.reply_to.clone(),
             node: self.node.clone(),
+            kill: service.kill.clone(),
+            place,
         };
         let expires = request
             .deadline
@@ -191,7 +193,6 @@ impl Desk {
                 word.await;
             }
             serve.await;
-            drop(place);
         };
         self.handlers.spawn(own.track_future(serve));
     }
@@ -281,25 +282,43 @@ struct ByName {
     transport: Arc<dyn Transport>,
     to: Option<ReplyAddress>,
     node: Node,
+    kill: CancellationToken,
+    /// Of those that this server answers at once; free when the reply is sent.
+    place: OwnedSemaphorePermit,
 }
 
-#[async_trait]
 impl Settlement for ByName {
-    async fn settle(self: Box<Self>, settle: Settle) -> Result<(), Error> {
+    fn settle(self: Box<Self>, settle: Settle, later: Later<'_>) -> Poll<Result<(), Error>> {
         let (Settle::Reply(Some(reply))
         | Settle::DeadLetter {
             reply: Some(reply), ..
         }) = settle
         else {
-            return Ok(());
+            return Poll::Ready(Ok(()));
         };
-        let Some(to) = self.to else {
-            return Ok(());
+        let Self {
+            transport,
+            to: Some(to),
+            node,
+            kill,
+            place,
+        } = *self
+        else {
+            return Poll::Ready(Ok(()));
         };
         let reply = Arc::new(Reply {
-            node: Some(self.node),
+            node: Some(node),
             ..Arc::unwrap_or_clone(reply)
         });
-        self.transport.send(Outbound::Reply { to, reply }).await
+        let settled = later.settled();
+        // Only handlers settle what was asked, and they run on a runtime.
+        tokio::spawn(async move {
+            let sending = transport.send(Outbound::Reply { to, reply });
+            if let Some(sent) = kill.run_until_cancelled(sending).await {
+                settled.tell(sent);
+            }
+            drop(place);
+        });
+        Poll::Pending
     }
 }

@@ -24,6 +24,8 @@ pub struct RunningServer {
     pub(super) kill: DropGuard,
     pub(super) loops: JoinSet<Option<Error>>,
     pub(super) handlers: TaskTracker,
+    /// Of each service, what has left its handlers and waits for the broker's word.
+    pub(super) settling: Vec<TaskTracker>,
     pub(super) counters: Arc<Counters>,
     pub(super) client: Client,
     pub(super) outbox: Arc<Outbox>,
@@ -81,6 +83,10 @@ impl RunningServer {
             while self.loops.join_next().await.is_some() {}
             self.handlers.close();
             self.handlers.wait().await;
+            for settling in &self.settling {
+                settling.close();
+                settling.wait().await;
+            }
             self.outbox.flushed().await;
         };
         let drained = tokio::time::timeout(self.drain_timeout, drain).await;

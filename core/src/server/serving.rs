@@ -95,10 +95,15 @@ impl Serving {
     /// Leaves the service to a newcomer: when nothing of it runs here any more.
     async fn hand_over(mut self) -> Error {
         self.subscription.stop().await;
-        let own = &self.served.own;
+        let (own, settling) = (&self.served.own, &self.served.service.settling);
         own.close();
+        settling.close();
+        let ended = async {
+            own.wait().await;
+            settling.wait().await;
+        };
         let grace = self.owner.config.grace;
-        if tokio::time::timeout(grace, own.wait()).await.is_err() {
+        if tokio::time::timeout(grace, ended).await.is_err() {
             self.served.service.kill.cancel();
             // Those that block their thread cannot be dropped; nobody waits for them.
             let _ = tokio::time::timeout(DROP_TIMEOUT, own.wait()).await;

@@ -93,6 +93,7 @@ impl Starting {
             started: Instant::now(),
         };
         let mut servings = Vec::with_capacity(subscriptions.len());
+        let mut settling = Vec::with_capacity(subscriptions.len());
         for (subscription, (name, handlers)) in subscriptions.into_iter().zip(services) {
             let service = Arc::new(Service {
                 name: name.clone(),
@@ -104,7 +105,9 @@ impl Starting {
                 running: Arc::clone(&running),
                 outbox: Arc::clone(&outbox),
                 kill: kill.child_token(),
+                settling: TaskTracker::new(),
             });
+            settling.push(service.settling.clone());
             let served = Served {
                 service,
                 own: TaskTracker::new(),
@@ -146,6 +149,7 @@ impl Starting {
             kill: killed_on_drop,
             loops,
             handlers: handlers_running,
+            settling,
             counters,
             client,
             outbox,

@@ -3,7 +3,7 @@
 use std::any::Any;
 use std::mem;
 use std::panic::AssertUnwindSafe;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::{Arc, OnceLock};
 use std::task::{self, Poll, Waker};
 use std::time::Duration;
@@ -13,7 +13,7 @@ use futures_util::future::CatchUnwind;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
-use super::Service;
+use super::{Service, UnderWay};
 use crate::config;
 use crate::context::{self, Context};
 use crate::envelope::{CorrelationId, Outcome, Reply, Request};
@@ -21,14 +21,21 @@ use crate::error::{Error, ErrorKind, Executed};
 use crate::fault::{Code, Fault};
 use crate::handler::{AnyHandler, Failure, Handling, Response};
 use crate::server::{Keeping, KeptTo, count};
+use crate::settled::Told;
 use crate::signal::{Signal, Signals};
-use crate::transport::{Delivery, Settling};
+use crate::transport::{Delivery, Later, Settle, Settled, Settlement};
 
 /// What is left of an execution where something was not ready at its first poll.
 pub(super) enum Left {
     Handler(Box<Begun>),
-    Settlement(Answered),
-    Unsettled(Error, Unsent),
+    Settlement(Unended),
+}
+
+/// A settlement whose reply may have to be stored.
+pub(super) enum Unended {
+    Failed(Error, Unsent),
+    /// It may have to be before the broker says anything.
+    UnderWay(Told, Unsent),
 }
 
 /// A request whose handler runs.
@@ -40,13 +47,6 @@ pub(super) struct Begun {
     delivery: Delivery,
     deadline: Instant,
     at: Instant,
-}
-
-/// A request that is being settled.
-pub(super) struct Answered {
-    settling: Settling,
-    /// None if there is no reply, or none that could be sent later.
-    unsent: Option<Unsent>,
 }
 
 /// A reply that may have to be kept.
@@ -79,7 +79,7 @@ impl Service {
             Ok(handler) => handler,
             Err(fault) => {
                 let refused = Failed::refused(fault, delivery.attempt);
-                return self.settle_once(self.answer(delivery, Err(refused)));
+                return self.answer(delivery, Err(refused)).map(Left::Settlement);
             }
         };
         // It may have waited for its turn since it was taken. Dropped unsettled, it goes to another server.
@@ -104,7 +104,7 @@ impl Service {
             Poll::Ready(handled) => {
                 self.took(&delivery, *now - at);
                 let outcome = self.outcome(handled, delivery.attempt);
-                self.settle_once(self.answer(delivery, outcome))
+                self.answer(delivery, outcome).map(Left::Settlement)
             }
             Poll::Pending => Some(Left::Handler(Box::new(Begun {
                 delivery,
@@ -118,11 +118,8 @@ impl Service {
 
     /// Takes what [`begin`](Self::begin) left to its end.
     pub(super) async fn finish(self: Arc<Self>, left: Left) {
-        let answered = match left {
-            Left::Unsettled(error, unsent) => {
-                return self.keep_or_count(&error, Some(&unsent), None).await;
-            }
-            Left::Settlement(answered) => answered,
+        let unended = match left {
+            Left::Settlement(unended) => Some(unended),
             Left::Handler(mut begun) => {
                 let supervised = self.supervise(&mut begun).await;
                 self.took(&begun.delivery, begun.at.elapsed());
@@ -138,27 +135,17 @@ impl Service {
                 self.answer(delivery, outcome)
             }
         };
-        let Answered { settling, unsent } = answered;
-        let (settled, kept) = match &unsent {
-            Some(unsent) if self.outbox.is_durable() => {
-                Box::pin(self.settled_or_kept(settling, unsent)).await
+        match unended {
+            Some(Unended::Failed(error, unsent)) => {
+                self.keep_or_count(&error, Some(&unsent), None).await;
             }
-            _ => (self.settled(settling).await, None),
-        };
-        if let Some(Err(error)) = settled {
-            self.keep_or_count(&error, unsent.as_ref(), kept).await;
-        }
-    }
-
-    fn settle_once(&self, mut answered: Answered) -> Option<Left> {
-        match (poll_once(&mut answered.settling), answered.unsent.take()) {
-            (Poll::Ready(Ok(())), _) => None,
-            (Poll::Ready(Err(error)), Some(unsent)) => Some(Left::Unsettled(error, unsent)),
-            (Poll::Ready(Err(error)), None) => {
-                self.unsettled(&error);
-                None
+            Some(Unended::UnderWay(told, unsent)) => {
+                let (settled, kept) = Box::pin(self.settled_or_kept(told, &unsent)).await;
+                if let Some(Err(error)) = settled {
+                    self.keep_or_count(&error, Some(&unsent), kept).await;
+                }
             }
-            (Poll::Pending, unsent) => Some(Left::Settlement(Answered { unsent, ..answered })),
+            None => {}
         }
     }
 
@@ -168,49 +155,90 @@ impl Service {
         tracing::debug!(service = %self.name, %id, attempt, ?elapsed, "a handler has ended");
     }
 
-    /// What is to be done with a request by what came of it.
-    fn answer(&self, delivery: Delivery, outcome: Result<Response, Failed>) -> Answered {
-        let expires = delivery.expires;
-        if delivery.request.reply_to.is_none() {
-            let settling = self.end_one_way(delivery, outcome);
-            return Answered {
-                settling,
-                unsent: None,
-            };
-        }
-        let reply = Arc::new(self.reply(delivery.request.id.clone(), outcome));
+    /// Settles a request by what came of it. What is left, if anything, is to be [finished](Self::finish).
+    fn answer(
+        self: &Arc<Self>,
+        delivery: Delivery,
+        outcome: Result<Response, Failed>,
+    ) -> Option<Unended> {
         // What all were asked does not come again, and counts for nothing without the node that replies.
-        let is_kept = !delivery.asked;
-        let (request, settling) = delivery.reply_shared(Some(Arc::clone(&reply)));
-        let unsent = is_kept.then_some(Unsent {
+        let (is_kept, expires) = (!delivery.asked, delivery.expires);
+        let (request, settlement) = delivery.into_parts();
+        if request.reply_to.is_none() {
+            return self.end(settlement, self.end_one_way(outcome), None);
+        }
+        let reply = Arc::new(self.reply(request.id.clone(), outcome));
+        let unsent = is_kept.then(|| Unsent {
             request,
-            reply,
+            reply: Arc::clone(&reply),
             expires,
         });
-        Answered { settling, unsent }
+        self.end(settlement, Settle::Reply(Some(reply)), unsent)
     }
 
-    fn end_one_way(&self, delivery: Delivery, outcome: Result<Response, Failed>) -> Settling {
+    /// Settles a request. Where it is not known at once how that ends, the transport is left to tell it; only a reply that may have
+    /// to be stored meanwhile is worth a task.
+    fn end(
+        self: &Arc<Self>,
+        settlement: Box<dyn Settlement>,
+        settle: Settle,
+        mut unsent: Option<Unsent>,
+    ) -> Option<Unended> {
+        let mut told = None;
+        let mut later = || {
+            if unsent.is_some() && self.outbox.is_durable() {
+                let (settled, waits) = Settled::to_waiter();
+                told = Some(waits);
+                return settled;
+            }
+            let (service, counted) = (Arc::downgrade(self), self.settling.token());
+            Settled::to_service(UnderWay::new(service, unsent.take(), counted))
+        };
+        match settlement.settle(settle, Later::new(&mut later)) {
+            Poll::Ready(Ok(())) => None,
+            Poll::Ready(Err(error)) => match unsent {
+                Some(unsent) => Some(Unended::Failed(error, unsent)),
+                None => {
+                    self.unsettled(&error);
+                    None
+                }
+            },
+            Poll::Pending => {
+                let (told, unsent) = told.zip(unsent)?;
+                Some(Unended::UnderWay(told, unsent))
+            }
+        }
+    }
+
+    fn end_one_way(&self, outcome: Result<Response, Failed>) -> Settle {
         match outcome {
             // Nobody would hear of the refusal, and an accepted request is never silently gone.
             Err(Failed { fault, executed })
                 if executed != Executed::Yes && fault.code() != Code::DeadlineExceeded =>
             {
                 count(&self.counters.dead_lettered);
-                Box::pin(delivery.dead_letter(fault.to_string(), None))
+                Settle::DeadLetter {
+                    reason: fault.to_string(),
+                    reply: None,
+                }
             }
             outcome => {
                 if let Err(Failed { fault, .. }) = outcome {
                     tracing::warn!(service = %self.name, %fault, "a one-way request failed");
                 }
-                delivery.reply_shared(None).1
+                Settle::Reply(None)
             }
         }
     }
 
     /// A reply that the connection was lost under is kept until it is back; all else is counted. It may be kept already, to answer
     /// its request.
-    async fn keep_or_count(&self, error: &Error, unsent: Option<&Unsent>, kept: Option<Keeping>) {
+    pub(super) async fn keep_or_count(
+        &self,
+        error: &Error,
+        unsent: Option<&Unsent>,
+        kept: Option<Keeping>,
+    ) {
         let kept_to = match error.kind() {
             ErrorKind::ConnectionLost => KeptTo::Send,
             // Not ours to send any more; but should the request come here again, it need not run again.
@@ -238,9 +266,10 @@ impl Service {
     /// back or the lease is over, and the process may not live as long.
     async fn settled_or_kept(
         &self,
-        mut settling: Settling,
+        told: Told,
         unsent: &Unsent,
     ) -> (Option<Result<(), Error>>, Option<Keeping>) {
+        let mut settling = pin!(told.ended());
         tokio::select! {
             biased;
             settled = self.settled(&mut settling) => return (settled, None),

@@ -71,14 +71,17 @@ impl Sent {
 impl Courier {
     pub(super) async fn obey(&mut self, command: Command) {
         match command {
-            Command::Settle { key, settle, done } => {
+            Command::Settle {
+                key,
+                settle,
+                settled,
+            } => {
                 let Some(held) = self.held.get_mut(&key) else {
-                    let _ = done.send(Err(lost_lease()));
-                    return;
+                    return settled.tell(Err(lost_lease()));
                 };
-                held.done = Some(done);
+                held.settled = Some(settled);
                 held.progress = Progress::Acking;
-                let work = match *settle {
+                let work = match settle {
                     Settle::Reply(Some(reply)) if held.reply_to().is_some() => Work::Reply(reply),
                     Settle::Reply(_) => {
                         let prefetch = self.route.plan.prefetch;
@@ -278,7 +281,7 @@ impl Courier {
             };
             // The broker sends the next one as soon as it reads the acknowledgement.
             self.handed -= usize::from(std::mem::take(&mut held.handed));
-            match held.done.is_some() || held.moved {
+            match held.settled.is_some() || held.moved {
                 true => self.sent.next.push(key),
                 false => self.forget(key, Ok(())),
             }

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::future::{pending, ready};
 use std::sync::atomic::AtomicBool;
+use std::task::Poll;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -17,8 +18,8 @@ use crate::outbox_store::StoreWrite;
 use crate::server::{RunningServer, Server};
 use crate::signal::Signals;
 use crate::transport::{
-    Capabilities, Delivery, Inbox, InboxEvent, Incoming, Settle, Settlement, SubscribeOptions,
-    Subscription, SubscriptionEvent,
+    Capabilities, Delivery, Inbox, InboxEvent, Incoming, Later, Settle, Settled, Settlement,
+    SubscribeOptions, Subscription, SubscriptionEvent,
 };
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -160,13 +161,18 @@ impl Subscription for Taken {
 #[derive(Debug)]
 struct Ends(Option<ErrorKind>);
 
-#[async_trait]
-impl Settlement for Ends {
-    async fn settle(self: Box<Self>, _: Settle) -> Result<(), Error> {
+impl Ends {
+    fn result(&self) -> Result<(), Error> {
         match self.0 {
             Some(kind) => Err(Error::maybe_executed(kind, "as it was told")),
             None => Ok(()),
         }
+    }
+}
+
+impl Settlement for Ends {
+    fn settle(self: Box<Self>, _: Settle, _: Later<'_>) -> Poll<Result<(), Error>> {
+        Poll::Ready(self.result())
     }
 }
 
@@ -469,13 +475,16 @@ fn held_up(ends: Option<ErrorKind>) -> (Delivery, oneshot::Sender<()>) {
 #[derive(Debug)]
 struct HeldUp(Mutex<oneshot::Receiver<()>>, Ends);
 
-#[async_trait]
 impl Settlement for HeldUp {
-    async fn settle(self: Box<Self>, settle: Settle) -> Result<(), Error> {
+    fn settle(self: Box<Self>, _: Settle, later: Later<'_>) -> Poll<Result<(), Error>> {
         let Self(end, ends) = *self;
         let end = end.into_inner().unwrap();
-        let _ = end.await;
-        Box::new(ends).settle(settle).await
+        let settled = later.settled();
+        tokio::spawn(async move {
+            let _ = end.await;
+            settled.tell(ends.result());
+        });
+        Poll::Pending
     }
 }
 
@@ -528,4 +537,131 @@ async fn who_waits_no_more_is_not_told_that_it_may_have_the_service() {
         sleep(20 * SECOND).await;
         assert_eq!(broker.sent().len(), told);
     }
+}
+
+/// Leaves to the test how a settlement ends.
+#[derive(Debug)]
+struct Hands(mpsc::UnboundedSender<Settled>);
+
+impl Settlement for Hands {
+    fn settle(self: Box<Self>, _: Settle, later: Later<'_>) -> Poll<Result<(), Error>> {
+        self.0.send(later.settled()).unwrap();
+        Poll::Pending
+    }
+}
+
+/// Requests whose settlements are handed to the test.
+fn handed(count: usize) -> (Vec<Delivery>, mpsc::UnboundedReceiver<Settled>) {
+    let (hands, settled) = mpsc::unbounded_channel();
+    let expires = Some(Instant::now() + 60 * SECOND);
+    let deliver = |_| {
+        let settlement = Box::new(Hands(hands.clone()));
+        let lease = CancellationToken::new();
+        Delivery::new(request(None), 1, expires, lease, settlement)
+    };
+    ((0..count).map(deliver).collect(), settled)
+}
+
+/// Has requests handled, and gives what tells the server that they are settled.
+async fn under_way(hearing: &Hearing, count: usize) -> Vec<Settled> {
+    let (deliveries, mut settled) = handed(count);
+    for delivery in deliveries {
+        hearing.deliveries.send(delivery).unwrap();
+    }
+    let mut all = Vec::with_capacity(count);
+    while all.len() < count {
+        all.push(settled.recv().await.unwrap());
+    }
+    all
+}
+
+fn lost(kind: ErrorKind) -> Result<(), Error> {
+    Ends(Some(kind)).result()
+}
+
+#[tokio::test(start_paused = true)]
+async fn any_thread_may_tell_how_a_settlement_ended() {
+    let (broker, hearing) = Broker::new();
+    let server = serve(broker.server()).await.unwrap();
+    broker.refuse(&to("caller"), ErrorKind::ConnectionLost);
+    let told = [
+        Ok(()),
+        lost(ErrorKind::ConnectionLost),
+        lost(ErrorKind::LostLease),
+        lost(ErrorKind::Broker),
+    ];
+    let all = under_way(&hearing, told.len()).await;
+    // It has no runtime.
+    let elsewhere = std::thread::spawn(move || {
+        for (settled, told) in all.into_iter().zip(told) {
+            settled.tell(told);
+        }
+    });
+    elsewhere.join().unwrap();
+    assert_eq!(server.outbox.count(), 2, "replies that were not sent");
+    let stats = server.stats();
+    assert_eq!((stats.unsettled, stats.lost_leases), (1, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_settlement_of_which_nothing_is_told_is_over() {
+    let (broker, hearing) = Broker::new();
+    let server = serve(broker.server()).await.unwrap();
+    drop(under_way(&hearing, 1).await);
+    assert_eq!((server.stats().unsettled, server.outbox.count()), (1, 0));
+
+    let (mut deliveries, settled) = handed(1);
+    let reply = deliveries.remove(0).reply(None);
+    let (error, ()) = tokio::join!(reply, async move {
+        let mut settled = settled;
+        drop(settled.recv().await);
+    });
+    assert_eq!(error.unwrap_err().kind(), ErrorKind::Closed);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_drain_waits_for_settlements_and_a_kill_does_not() {
+    let (broker, hearing) = Broker::new();
+    let server = serve(broker.server()).await.unwrap();
+    let all = under_way(&hearing, 2).await;
+    let shutdown = tokio::spawn(server.shutdown());
+    for settled in all {
+        sleep(SECOND).await;
+        assert!(!shutdown.is_finished());
+        settled.tell(Ok(()));
+    }
+    settle().await;
+    assert!(shutdown.is_finished());
+    shutdown.await.unwrap().unwrap();
+
+    let (broker, hearing) = Broker::new();
+    let server = broker.server().drain_timeout(SECOND);
+    let server = serve(server).await.unwrap();
+    let counters = Arc::clone(&server.counters);
+    let mut all = under_way(&hearing, 2).await;
+    let begun = Instant::now();
+    let error = server.shutdown().await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::DeadlineExceeded);
+    assert!(begun.elapsed() < SECOND + SECOND / 10);
+    all.remove(0).tell(lost(ErrorKind::LostLease));
+    drop(all);
+    let stats = counters.stats();
+    assert_eq!((stats.unsettled, stats.lost_leases), (0, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_service_is_handed_over_when_what_it_replied_is_settled() {
+    let (broker, hearing) = Broker::new();
+    let server = broker.server().exclusive().grace(10 * SECOND);
+    let _server = serve(server).await.unwrap();
+    let all = under_way(&hearing, 1).await;
+    let ask = request(Some(crate::control::HAND_OVER));
+    hearing.words.send(ask).unwrap();
+    sleep(5 * SECOND).await;
+    assert_eq!(broker.sent().len(), 0);
+    for settled in all {
+        settled.tell(Ok(()));
+    }
+    settle().await;
+    assert_eq!(broker.sent().len(), 1);
 }

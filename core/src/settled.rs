@@ -1,0 +1,99 @@
+//! How a settlement that is under way is told to have ended.
+
+use std::fmt;
+
+use tokio::sync::oneshot;
+
+use crate::error::{Error, ErrorKind};
+use crate::service::UnderWay;
+
+/// Whom a transport tells how a settlement ended, for one that cannot be known at once: it has made this by [`Later`], and keeps it
+/// with what it sent. Whoever drains a server waits for it.
+///
+/// **Dropped** untold it is told `Closed`.
+#[must_use = "dropped, it says that the transport was closed"]
+pub struct Settled(Option<Whom>);
+
+/// Somebody who waits, or nobody: then a task of its own would only be in the way.
+enum Whom {
+    Service(UnderWay),
+    Waiter(oneshot::Sender<Result<(), Error>>),
+}
+
+/// Makes a [`Settled`], for a settlement whose end cannot be known at once. Not to be asked costs nothing.
+pub struct Later<'a>(&'a mut dyn FnMut() -> Settled);
+
+/// Waits for the end of a settlement.
+pub(crate) struct Told(oneshot::Receiver<Result<(), Error>>);
+
+impl Settled {
+    /// Tells a service.
+    pub(crate) fn to_service(settlement: UnderWay) -> Self {
+        Self(Some(Whom::Service(settlement)))
+    }
+
+    /// Tells somebody who waits for it.
+    pub(crate) fn to_waiter() -> (Self, Told) {
+        let (waiter, told) = oneshot::channel();
+        (Self(Some(Whom::Waiter(waiter))), Told(told))
+    }
+
+    /// Tells how it ended: an error as of [`Delivery::reply`](crate::transport::Delivery::reply).
+    ///
+    /// It waits for nothing, needs no runtime, and may be called by any thread, but not under a lock that the transport takes when it is used:
+    /// a reply that could not be sent is put by here.
+    pub fn tell(mut self, settled: Result<(), Error>) {
+        self.say(settled);
+    }
+
+    fn say(&mut self, settled: Result<(), Error>) {
+        match self.0.take() {
+            Some(Whom::Service(settlement)) => settlement.end(settled),
+            // If nobody waits any more, it is no matter to anybody.
+            Some(Whom::Waiter(waiter)) => drop(waiter.send(settled)),
+            None => {}
+        }
+    }
+}
+
+impl Drop for Settled {
+    fn drop(&mut self) {
+        if self.0.is_some() {
+            self.say(Err(untold()));
+        }
+    }
+}
+
+impl fmt::Debug for Settled {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Settled").finish_non_exhaustive()
+    }
+}
+
+impl<'a> Later<'a> {
+    pub(crate) fn new(make: &'a mut dyn FnMut() -> Settled) -> Self {
+        Self(make)
+    }
+
+    /// Whom to tell. The settlement is under way from now on.
+    pub fn settled(self) -> Settled {
+        (self.0)()
+    }
+}
+
+impl fmt::Debug for Later<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Later").finish_non_exhaustive()
+    }
+}
+
+impl Told {
+    pub(crate) async fn ended(self) -> Result<(), Error> {
+        self.0.await.unwrap_or_else(|_| Err(untold()))
+    }
+}
+
+fn untold() -> Error {
+    let message = "the transport was closed before the broker's word";
+    Error::maybe_executed(ErrorKind::Closed, message)
+}

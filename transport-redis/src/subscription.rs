@@ -4,7 +4,9 @@ use std::collections::VecDeque;
 use std::mem;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use antiphon_core::transport::{Delivery, SubscribeOptions, Subscription, SubscriptionEvent};
+use antiphon_core::transport::{
+    Delivery, FlaggedToken, SubscribeOptions, Subscription, SubscriptionEvent,
+};
 use antiphon_core::{Error, ErrorKind, Request, ServiceName};
 use async_trait::async_trait;
 use futures_util::future::join_all;
@@ -101,7 +103,7 @@ pub(crate) struct Taken {
     pub(crate) request: Request,
     pub(crate) attempt: u32,
     pub(crate) expires: Option<Instant>,
-    pub(crate) lease: CancellationToken,
+    pub(crate) lease: Arc<FlaggedToken>,
     pub(crate) settlement: RedisSettlement,
 }
 

@@ -69,7 +69,11 @@ impl CorrelationId {
     #[must_use]
     pub fn uuid_text(&self) -> Option<[u8; 36]> {
         match &self.0 {
-            Id::Uuid(uuid) => Some(hyphenated(uuid.as_u128())),
+            Id::Uuid(uuid) => {
+                let mut text = [0; 36];
+                uuid.hyphenated().encode_lower(&mut text);
+                Some(text)
+            }
             Id::Foreign(_) => None,
         }
     }
@@ -106,35 +110,6 @@ impl fmt::Debug for CorrelationId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.with_str(|text| fmt::Debug::fmt(text, f))
     }
-}
-
-/// A number as a UUID in lower case, with hyphens.
-fn hyphenated(number: u128) -> [u8; 36] {
-    let mut text = [b'-'; 36];
-    let mut digits = [0; 32];
-    for (eight, shift) in digits.chunks_exact_mut(8).zip([96, 64, 32, 0]) {
-        // The 32 bits at that place, which is all that the cast keeps.
-        eight.copy_from_slice(&eight_digits((number >> shift) as u32));
-    }
-    text[..8].copy_from_slice(&digits[..8]);
-    text[9..13].copy_from_slice(&digits[8..12]);
-    text[14..18].copy_from_slice(&digits[12..16]);
-    text[19..23].copy_from_slice(&digits[16..20]);
-    text[24..].copy_from_slice(&digits[20..]);
-    text
-}
-
-/// The hexadecimal digits of a number in lower case, all eight at once.
-fn eight_digits(number: u32) -> [u8; 8] {
-    // Four bits to a byte.
-    let mut digits = u64::from(number);
-    digits = (digits | (digits << 16)) & 0x0000_ffff_0000_ffff;
-    digits = (digits | (digits << 8)) & 0x00ff_00ff_00ff_00ff;
-    digits = (digits | (digits << 4)) & 0x0f0f_0f0f_0f0f_0f0f;
-    // A one in each byte that is ten or more: six more carry it into the fifth bit.
-    let letters = ((digits + 0x0606_0606_0606_0606) >> 4) & 0x0101_0101_0101_0101;
-    let text = digits + 0x3030_3030_3030_3030 + letters * u64::from(b'a' - b'0' - 10);
-    text.to_be_bytes()
 }
 
 /// When the caller stops waiting: a point in time by its own wall clock, and the budget that was left when it sent.

@@ -14,6 +14,7 @@ mod envelope;
 mod error;
 mod exchange;
 mod fault;
+mod flagged_token;
 mod gather;
 mod given_up;
 mod handler;

@@ -27,7 +27,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::timeout;
-use tokio_util::sync::CancellationToken;
 
 use self::outbox::OutboxBounds;
 use self::running_server::DROP_TIMEOUT;
@@ -38,7 +37,7 @@ use crate::error::{Error, ErrorKind};
 use crate::handler::{AnyHandler, Raw, RawHandler};
 use crate::name::{IntoNode, Method, Node, ServiceName};
 use crate::outbox_store::OutboxStore;
-use crate::transport::Transport;
+use crate::transport::{FlaggedToken, Transport};
 
 /// Serves requests: a builder, until it is started.
 ///
@@ -258,9 +257,9 @@ impl Server {
         };
         let transport = Arc::clone(&self.transport);
         let outbox = Outbox::open(transport, bounds, self.outbox_store).await?;
-        let kill = CancellationToken::new();
+        let kill = Arc::new(FlaggedToken::new());
         // It need not serve to send what was kept, and may have to stand by for long.
-        tokio::spawn(Arc::clone(&outbox).run(kill.clone()));
+        tokio::spawn(Arc::clone(&outbox).run(kill.token()));
         let starting = Starting {
             transport: self.transport,
             config: self.config,

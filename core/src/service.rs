@@ -15,7 +15,6 @@ use std::time::Duration;
 
 use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use self::wanted::Wanted;
@@ -28,7 +27,7 @@ use crate::handler::AnyHandler;
 use crate::name::{Method, Node, ReplyAddress, ServiceName};
 use crate::server::{Counters, Outbox, Running, count};
 use crate::signal::{Signal, Signals};
-use crate::transport::{Delivery, Outbound, Settle};
+use crate::transport::{Delivery, FlaggedToken, Outbound, Settle};
 
 /// After so long, what was delivered together is served by tasks, and others are to have their turn: timers too.
 const IN_PLACE_MAX: Duration = Duration::from_micros(200);
@@ -46,7 +45,7 @@ pub(crate) struct Service {
     pub(crate) running: Arc<Running>,
     pub(crate) outbox: Arc<Outbox>,
     /// Fires when the server stops waiting for its handlers.
-    pub(crate) kill: CancellationToken,
+    pub(crate) kill: FlaggedToken,
     /// The settlements under way for which no task waits. Only a drain waits for them, not whoever kills.
     pub(crate) settling: TaskTracker,
 }

@@ -10,10 +10,10 @@ use std::task::Poll;
 use async_trait::async_trait;
 use tokio::sync::watch;
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
 
 use crate::envelope::{CorrelationId, Reply, Request};
 use crate::error::{Error, ErrorKind};
+pub use crate::flagged_token::FlaggedToken;
 use crate::name::{ReplyAddress, ServiceName};
 pub use crate::settled::{Later, Settled};
 use crate::ticket::Ticket;
@@ -371,7 +371,7 @@ pub struct Delivery {
     /// as the broker judges it. Never early. None from a plain peer that set no deadline.
     pub expires: Option<Instant>,
     /// Cancelled when the lease under which it is held is lost.
-    pub lease: Arc<CancellationToken>,
+    pub lease: Arc<FlaggedToken>,
     /// It may have been in its queue before this server could be told that it is given up: before the subscription, or its connection's
     /// recovery. Its caller is asked then. False, the default, if what is given up is withdrawn from the queue.
     /// *Checked by* `given_up/*`.
@@ -391,7 +391,7 @@ impl Delivery {
         request: impl Into<Arc<Request>>,
         attempt: u32,
         expires: Option<Instant>,
-        lease: impl Into<Arc<CancellationToken>>,
+        lease: impl Into<Arc<FlaggedToken>>,
         settlement: Box<dyn Settlement>,
     ) -> Self {
         Self {

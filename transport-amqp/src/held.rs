@@ -3,13 +3,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use antiphon_core::transport::Settled;
+use antiphon_core::transport::{FlaggedToken, Settled};
 use antiphon_core::{CorrelationId, Error, Reply, Request};
 use bytes::Bytes;
 use lapin::BasicProperties;
 use lapin::types::ShortString;
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
 
 use crate::intake::Origin;
 use crate::message;
@@ -72,7 +71,7 @@ pub(crate) enum Progress {
 pub(crate) struct Decoded {
     pub(crate) request: Request,
     pub(crate) expires: Option<Instant>,
-    pub(crate) lease: CancellationToken,
+    pub(crate) lease: Arc<FlaggedToken>,
     /// As of [`Delivery::waited`](antiphon_core::transport::Delivery::waited).
     pub(crate) waited: bool,
 }

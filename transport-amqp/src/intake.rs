@@ -6,13 +6,13 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use antiphon_core::transport::FlaggedToken;
 use futures_util::future::{BoxFuture, join_all};
 use futures_util::{FutureExt, StreamExt};
 use lapin::message::Delivery;
 use lapin::options::BasicCancelOptions;
 use lapin::types::ShortString;
 use tokio::time::{Instant, sleep, timeout};
-use tokio_util::sync::CancellationToken;
 
 use crate::acker::Acker;
 use crate::config::AmqpConfig;
@@ -68,7 +68,7 @@ pub(crate) enum Origin {
 pub(crate) struct Intake {
     pub(crate) session: Arc<Session>,
     /// Cancelled when the channel is lost: what plain peers sent comes back as something new.
-    pub(crate) lease: CancellationToken,
+    pub(crate) lease: Arc<FlaggedToken>,
     main: Lane,
     retry: Option<Lane>,
     /// The connection was lost to a message that the client library cannot read.
@@ -159,7 +159,7 @@ impl Intake {
         }
         let mut intake = Self {
             session: Arc::clone(session),
-            lease: CancellationToken::new(),
+            lease: Arc::default(),
             unreadable: false,
             opened: Instant::now(),
             backlog: backlog.message_count(),

@@ -5,10 +5,9 @@ mod state;
 use std::sync::{Arc, Mutex};
 use std::task::Waker;
 
-use antiphon_core::transport::{SubscribeMode, SubscribeOptions};
+use antiphon_core::transport::{FlaggedToken, SubscribeMode, SubscribeOptions};
 use antiphon_core::{CorrelationId, Error, ErrorKind, Request, ServiceName, Ticket};
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
 
 use self::state::{Effects, Held, State, already_owned};
 use crate::broker::{DeadLetter, ServiceStats};
@@ -50,7 +49,7 @@ pub(crate) struct Taken {
 #[derive(Debug)]
 pub(crate) enum Claim {
     /// Some were taken, under this lease.
-    Taken(Arc<CancellationToken>),
+    Taken(Arc<FlaggedToken>),
     /// None now; ask again when woken, or at this time.
     Wait(Option<Instant>),
     /// None ever again.

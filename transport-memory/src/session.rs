@@ -4,9 +4,8 @@ use std::sync::Arc;
 use std::task::Waker;
 
 use antiphon_core::Error;
-use antiphon_core::transport::{SubscribeMode, SubscribeOptions};
+use antiphon_core::transport::{FlaggedToken, SubscribeMode, SubscribeOptions};
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
 
 /// Lives as long as its subscription, or until all that it held is settled, whichever is later.
 #[derive(Debug)]
@@ -23,7 +22,7 @@ pub(crate) struct Session {
     /// In the queue's list of those that a new request may wake.
     pub(crate) idle: bool,
     /// The lease under which all that it holds is held.
-    pub(crate) lease: Arc<CancellationToken>,
+    pub(crate) lease: Arc<FlaggedToken>,
     /// When the lease ends, while the connection is paused and cannot renew it.
     pub(crate) lease_ends: Option<Instant>,
     /// The subscription was dropped; nobody will ask again.

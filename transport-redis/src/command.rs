@@ -35,6 +35,11 @@ impl Cmd {
         }
     }
 
+    /// Makes room for so many bytes more.
+    pub(crate) fn reserve(&mut self, bytes: usize) {
+        self.encoded.reserve(bytes);
+    }
+
     pub(crate) fn arg<T: ToRedisArgs>(&mut self, argument: T) -> &mut Self {
         argument.write_redis_args(self);
         self

@@ -49,7 +49,7 @@ pub(crate) enum End {
 
 impl End {
     /// Bytes, more or less.
-    fn size(&self) -> usize {
+    pub(crate) fn size(&self) -> usize {
         match self {
             Self::Plain { reply: Some(reply) } => FRAME_BYTES + reply.body.len(),
             Self::Full(full) => full.reply_body.as_ref().map_or(0, |body| body.bytes.len()),

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use antiphon_core::transport::FlaggedToken;
 use tokio::sync::Notify;
-use tokio_util::sync::CancellationToken;
 
 use crate::naming::ServiceKeys;
 
@@ -17,7 +17,7 @@ pub(crate) struct Session {
     /// The key of what it holds.
     pub(crate) held_key: String,
     /// Cancelled when the lease is lost.
-    pub(crate) lease: Arc<CancellationToken>,
+    pub(crate) lease: Arc<FlaggedToken>,
     slots: Arc<Slots>,
     held: AtomicUsize,
     retired: AtomicBool,

@@ -22,6 +22,10 @@ const DEAD_BODY_TTL: Duration = Duration::from_secs(7 * 24 * 3600);
 /// For how long an idle service's fencing number is kept.
 const OWNER_TTL: Duration = Duration::from_secs(24 * 3600);
 
+/// What a token takes in a command, more or less, and what another argument takes besides itself.
+const TOKEN_BYTES: usize = 16;
+const ARGUMENT_BYTES: usize = 8;
+
 /// What is settled in one trip.
 pub(crate) struct Batch {
     pub(crate) items: Vec<Item>,
@@ -167,6 +171,10 @@ impl Group {
             keys.extend([inbox.list(), bell]);
         }
         let replies = || self.inboxes.iter().flat_map(|(_, replies)| replies);
+        let bytes = TOKEN_BYTES * self.silent.len()
+            + replies()
+                .map(|item| TOKEN_BYTES + ARGUMENT_BYTES + item.end.size())
+                .sum::<usize>();
         let mut command;
         let mut frame = Vec::new();
         if self
@@ -176,6 +184,7 @@ impl Group {
             .any(|item| item.repeated)
         {
             command = scripts::DONE.on(&keys);
+            command.reserve(bytes);
             command.arg(ttl).arg(self.silent.len());
             for item in &self.silent {
                 command.arg(item.token);
@@ -189,6 +198,7 @@ impl Group {
             }
         } else {
             command = scripts::DONE_ALL.on(&keys);
+            command.reserve(bytes);
             command.arg(ttl).arg(self.silent.len() + replies().count());
             for item in self.silent.iter().chain(replies()) {
                 command.arg(item.token);

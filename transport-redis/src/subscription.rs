@@ -4,7 +4,9 @@ use std::collections::VecDeque;
 use std::mem;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use antiphon_core::transport::{Delivery, SubscribeOptions, Subscription, SubscriptionEvent};
+use antiphon_core::transport::{
+    Delivery, FlaggedToken, SubscribeOptions, Subscription, SubscriptionEvent,
+};
 use antiphon_core::{Error, ErrorKind, Request, ServiceName};
 use async_trait::async_trait;
 use futures_util::future::join_all;
@@ -101,7 +103,7 @@ pub(crate) struct Taken {
     pub(crate) request: Arc<Request>,
     pub(crate) attempt: u32,
     pub(crate) expires: Option<Instant>,
-    pub(crate) lease: Arc<CancellationToken>,
+    pub(crate) lease: Arc<FlaggedToken>,
     pub(crate) settlement: Box<RedisSettlement>,
 }
 
@@ -109,17 +111,10 @@ impl Taken {
     /// Receives those whose lease stands: what another server may have by now must not be started here.
     fn receive_all(taken: VecDeque<Self>) -> Vec<Delivery> {
         let mut deliveries = Vec::with_capacity(taken.len());
-        // Mostly all are held under one, and to ask takes its lock.
-        let mut standing: Option<Arc<CancellationToken>> = None;
         for taken in taken {
-            let same = |lease| Arc::ptr_eq(lease, &taken.lease);
-            if !standing.as_ref().is_some_and(same) {
-                if taken.lease.is_cancelled() {
-                    continue;
-                }
-                standing = Some(Arc::clone(&taken.lease));
+            if !taken.lease.is_cancelled() {
+                deliveries.push(taken.receive());
             }
-            deliveries.push(taken.receive());
         }
         deliveries
     }

@@ -23,7 +23,7 @@ use crate::fault::{Code, Fault};
 use crate::name::{Method, Node, ReplyAddress, ServiceName};
 use crate::service::Service;
 use crate::signal::{Signal, Signals};
-use crate::transport::{Delivery, Later, Outbound, Settle, Settlement, Transport};
+use crate::transport::{Delivery, FlaggedToken, Later, Outbound, Settle, Settlement, Transport};
 
 /// How many words may wait to be dealt with; what comes on top is dropped, as if it had not arrived.
 pub(crate) const BACKLOG_MAX: usize = 1024;
@@ -177,14 +177,14 @@ impl Desk {
             transport: Arc::clone(&self.transport),
             to: request.reply_to.clone(),
             node: self.node.clone(),
-            kill: service.kill.clone(),
+            kill: service.kill.token(),
             place,
         };
         let expires = request
             .deadline
             .map(|deadline| Instant::now() + deadline.budget);
         // Each server has a copy of its own: nobody else executes this one.
-        let lease = CancellationToken::new();
+        let lease = FlaggedToken::new();
         let mut delivery = Delivery::new(request, 1, expires, lease, Box::new(settlement));
         delivery.asked = true;
         let serve = Arc::clone(service).serve(delivery);

@@ -11,6 +11,7 @@ use tokio_util::task::TaskTracker;
 use super::{Counters, Engagement, Outbox, ServerStats};
 use crate::client::Client;
 use crate::error::{Error, ErrorKind};
+use crate::flagged_token::CancelOnDrop;
 use crate::name::Node;
 
 /// How long what was told to end at once may take.
@@ -21,7 +22,7 @@ pub(super) const DROP_TIMEOUT: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub struct RunningServer {
     pub(super) stop: DropGuard,
-    pub(super) kill: DropGuard,
+    pub(super) kill: CancelOnDrop,
     pub(super) loops: JoinSet<Option<Error>>,
     pub(super) handlers: TaskTracker,
     /// Of each service, what has left its handlers and waits for the broker's word.

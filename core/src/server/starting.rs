@@ -17,9 +17,10 @@ use super::{Counters, Engagement, Handlers, Outbox, Running, RunningServer};
 use crate::client::Client;
 use crate::config::{self, ClientConfig, Ownership, ServerConfig};
 use crate::error::Error;
+use crate::flagged_token::CancelOnDrop;
 use crate::name::{Node, ServiceName};
 use crate::service::Service;
-use crate::transport::Transport;
+use crate::transport::{FlaggedToken, Transport};
 
 /// A server that is to serve.
 pub(super) struct Starting {
@@ -29,7 +30,7 @@ pub(super) struct Starting {
     pub(super) node: Node,
     pub(super) outbox: Arc<Outbox>,
     /// Ends all of it, the sender of the outbox too.
-    pub(super) kill: CancellationToken,
+    pub(super) kill: Arc<FlaggedToken>,
 }
 
 impl Starting {
@@ -43,7 +44,7 @@ impl Starting {
             outbox,
             kill,
         } = self;
-        let killed_on_drop = kill.clone().drop_guard();
+        let killed_on_drop = CancelOnDrop(Arc::clone(&kill));
         let (words, heard) = mpsc::channel(desk::BACKLOG_MAX);
         let client = Client::open_at_desk(
             Arc::clone(&transport),
@@ -104,7 +105,7 @@ impl Starting {
                 client: client.clone(),
                 running: Arc::clone(&running),
                 outbox: Arc::clone(&outbox),
-                kill: kill.child_token(),
+                kill: FlaggedToken::child_of(&kill),
                 settling: TaskTracker::new(),
             });
             settling.push(service.settling.clone());
@@ -127,7 +128,7 @@ impl Starting {
             });
         }
         // Before anything is served: what was given up until now was said to it.
-        tokio::spawn(desk.run(heard, stop.clone(), kill));
+        tokio::spawn(desk.run(heard, stop.clone(), kill.token()));
         for serving in servings {
             let shown = engagement.clone();
             loops.spawn(async move {

@@ -14,7 +14,7 @@ use std::sync::{Arc, OnceLock};
 use std::task::Poll;
 use std::time::Duration;
 
-use antiphon_core::transport::Delivery;
+use antiphon_core::transport::{Delivery, FlaggedToken};
 use antiphon_core::{Error, ErrorKind};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
@@ -97,7 +97,7 @@ pub(crate) struct Courier {
     sent: Sent,
     recent: Recent,
     /// Of all that peers of ours sent: it survives a lost connection.
-    lease: CancellationToken,
+    lease: Arc<FlaggedToken>,
     /// How often in a row the connection was lost to an unreadable message soon after the queue was opened.
     unreadable: u32,
     tick: Option<Instant>,
@@ -136,7 +136,7 @@ impl Courier {
             alone: None,
             sent: Sent::default(),
             recent: Recent::default(),
-            lease: CancellationToken::new(),
+            lease: Arc::default(),
             unreadable: 0,
             tick: None,
             stopping: false,

@@ -5,10 +5,9 @@ use std::mem;
 use std::sync::Arc;
 use std::task::Waker;
 
-use antiphon_core::transport::SubscribeMode;
+use antiphon_core::transport::{FlaggedToken, SubscribeMode};
 use antiphon_core::{Error, ErrorKind, ServiceName};
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
 
 use super::{Claim, Queued, Return, Taken};
 use crate::broker::DeadLetter;
@@ -388,7 +387,7 @@ impl Queued {
 pub(super) struct Effects {
     waker: Option<Waker>,
     wakers: Vec<Waker>,
-    leases: Vec<Arc<CancellationToken>>,
+    leases: Vec<Arc<FlaggedToken>>,
     /// When the first of the requests that came back expires.
     expires: Option<Instant>,
 }

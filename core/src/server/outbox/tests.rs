@@ -18,8 +18,8 @@ use crate::outbox_store::StoreWrite;
 use crate::server::{RunningServer, Server};
 use crate::signal::Signals;
 use crate::transport::{
-    Capabilities, Delivery, Inbox, InboxEvent, Incoming, Later, Settle, Settled, Settlement,
-    SubscribeOptions, Subscription, SubscriptionEvent,
+    Capabilities, Delivery, FlaggedToken, Inbox, InboxEvent, Incoming, Later, Settle, Settled,
+    Settlement, SubscribeOptions, Subscription, SubscriptionEvent,
 };
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -411,13 +411,7 @@ fn request(method: Option<&str>) -> Request {
 fn delivery(method: Option<&str>, ends: ErrorKind) -> Delivery {
     let expires = Some(Instant::now() + 60 * SECOND);
     let settlement = Box::new(Ends(Some(ends)));
-    Delivery::new(
-        request(method),
-        1,
-        expires,
-        CancellationToken::new(),
-        settlement,
-    )
+    Delivery::new(request(method), 1, expires, FlaggedToken::new(), settlement)
 }
 
 #[tokio::test(start_paused = true)]
@@ -465,7 +459,7 @@ fn held_up(ends: Option<ErrorKind>) -> (Delivery, oneshot::Sender<()>) {
     let (may, end) = oneshot::channel();
     let settlement = Box::new(HeldUp(Mutex::new(end), Ends(ends)));
     let expires = Some(Instant::now() + 60 * SECOND);
-    let lease = CancellationToken::new();
+    let lease = FlaggedToken::new();
     (
         Delivery::new(request(None), 1, expires, lease, settlement),
         may,
@@ -523,7 +517,7 @@ async fn who_waits_no_more_is_not_told_that_it_may_have_the_service() {
             ..request(Some("waits"))
         };
         let expires = Some(Instant::now() + 60 * SECOND);
-        let (lease, settlement) = (CancellationToken::new(), Box::new(Ends(None)));
+        let (lease, settlement) = (FlaggedToken::new(), Box::new(Ends(None)));
         let held = Delivery::new(held, 1, expires, lease, settlement);
         hearing.deliveries.send(held).unwrap();
         settle().await;
@@ -556,7 +550,7 @@ fn handed(count: usize) -> (Vec<Delivery>, mpsc::UnboundedReceiver<Settled>) {
     let expires = Some(Instant::now() + 60 * SECOND);
     let deliver = |_| {
         let settlement = Box::new(Hands(hands.clone()));
-        let lease = CancellationToken::new();
+        let lease = FlaggedToken::new();
         Delivery::new(request(None), 1, expires, lease, settlement)
     };
     ((0..count).map(deliver).collect(), settled)

@@ -131,19 +131,22 @@ async fn what_is_kept_is_found_again() {
     );
 }
 
+/// Often: the store once took itself for damaged after one such end in twelve.
 #[tokio::test]
 async fn changes_are_made_in_order_though_nobody_waits() {
-    let directory = Directory::new();
-    let store = DiskOutbox::new(directory.file());
-    store.open().await.unwrap();
-    for number in 0..2000 {
-        drop(store.write(keep("1", &number.to_string())));
-        drop(store.write(OutboxChange::Forget(kept("1", "").key())));
+    for _ in 0..25 {
+        let directory = Directory::new();
+        let store = DiskOutbox::new(directory.file());
+        store.open().await.unwrap();
+        for number in 0..2000 {
+            drop(store.write(keep("1", &number.to_string())));
+            drop(store.write(OutboxChange::Forget(kept("1", "").key())));
+        }
+        drop(store.write(keep("1", "last")));
+        store.close().await;
+        let found = contents(&DiskOutbox::new(directory.file())).await;
+        assert_eq!(found, [("1".to_owned(), "last".to_owned(), true)]);
     }
-    drop(store.write(keep("1", "last")));
-    store.close().await;
-    let found = contents(&DiskOutbox::new(directory.file())).await;
-    assert_eq!(found, [("1".to_owned(), "last".to_owned(), true)]);
 }
 
 #[cfg(unix)]

@@ -269,8 +269,11 @@ impl Transport for AmqpTransport {
         let Ok(queue) = naming::main_queue(service) else {
             return false;
         };
-        let (deadline, done) = (ticket.deadline(), Done::of_call(ticket.clone()));
-        self.submit(self.job(queue, Arc::clone(request), false, deadline, done));
+        let Some(deadline) = ticket.deadline() else {
+            return false;
+        };
+        let done = Done::of_call(ticket.clone());
+        self.submit(self.job(queue, Arc::clone(request), false, Some(deadline), done));
         true
     }
 

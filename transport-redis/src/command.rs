@@ -11,6 +11,9 @@ const SHARED_MIN: usize = 2048;
 /// What is written around an argument, at most: its length and two ends of lines.
 const AROUND: usize = 25;
 
+/// A command gets no more room at once than this, and what it needs.
+const STEP_MAX: usize = 256 * 1024;
+
 /// One command: its arguments are encoded as they come.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Cmd {
@@ -64,7 +67,8 @@ impl RedisWrite for Cmd {
         let room = argument.len() + AROUND;
         if self.encoded.capacity() - self.encoded.len() < room {
             // Commands grow to the size of a batch: not in many steps, each of which is copied.
-            self.encoded.reserve(room.max(3 * self.encoded.len()));
+            let step = (3 * self.encoded.len()).min(STEP_MAX);
+            self.encoded.reserve(room.max(step));
         }
         put_number(&mut self.encoded, b'$', argument.len());
         self.encoded.extend_from_slice(argument);

@@ -28,7 +28,7 @@ const BATCH_MAX: usize = 512;
 const BATCH_BYTES: usize = 1 << 20;
 
 /// What a reply takes besides its body, more or less.
-const FRAME_BYTES: usize = 64;
+const FRAME_BYTES: usize = 96;
 
 /// The most batches under way at once.
 const WAVES: usize = 2;

@@ -88,7 +88,7 @@ impl Job {
 }
 
 impl Sender {
-    /// Takes a request of a call, which its ticket tells if it fails. False if all is over.
+    /// Takes a request of a call, which its ticket tells if it fails. False if all is over, or nobody knows until when it is waited for.
     pub(crate) fn post(
         &self,
         service: &ServiceName,
@@ -96,11 +96,14 @@ impl Sender {
         expect_responder: bool,
         ticket: &Ticket,
     ) -> bool {
+        let Some(deadline) = ticket.deadline() else {
+            return false;
+        };
         self.push(|| Job::Request {
             service: service.clone(),
             request: Arc::clone(request),
             expect_responder,
-            expires: ticket.deadline(),
+            expires: Some(deadline),
             done: Done::of_call(ticket.clone()),
         })
     }

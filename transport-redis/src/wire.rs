@@ -322,6 +322,7 @@ impl Reader {
 fn number(text: &[u8]) -> io::Result<i64> {
     let (sign, digits) = match text {
         [b'-', digits @ ..] => (-1, digits),
+        [b'+', digits @ ..] => (1, digits),
         digits => (1, digits),
     };
     let mut value = 0_i64;
@@ -402,6 +403,7 @@ mod tests {
     #[test]
     fn every_kind() {
         assert_eq!(one(b":-17\r\n"), Value::Int(-17));
+        assert_eq!(one(b":+17\r\n"), Value::Int(17));
         for number in [0, 10, i64::MAX, i64::MIN] {
             assert_eq!(one(format!(":{number}\r\n").as_bytes()), Value::Int(number));
         }

@@ -362,7 +362,7 @@ impl<Out> Plain<Out> {
     fn begin(&mut self, started: Instant, now: Instant, cx: &Context<'_>) -> Result<(), Error> {
         self.stage = Stage::Over;
         let mut exchange = self.call.exchange(started)?;
-        let mut attempt = exchange.begin(now, cx)?;
+        let mut attempt = exchange.begin(now, Some(cx.waker()))?;
         exchange.send(&mut attempt);
         self.stage = Stage::Trying { started, attempt };
         Ok(())

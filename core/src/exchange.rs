@@ -4,7 +4,7 @@ use std::future::{Future, pending, poll_fn};
 use std::mem;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use tokio::time::{Instant, timeout_at};
@@ -53,7 +53,7 @@ impl Exchange<'_> {
         loop {
             let attended = self.options.attended.as_deref();
             let mut attention = attended.map(|attended| Attention::new(self, attended, number));
-            let attempt = poll_fn(|cx| Poll::Ready(self.begin(now, cx))).await?;
+            let attempt = self.begin(now, None)?;
             let this = &*self;
             let mut outstanding = Outstanding {
                 exchange: this,
@@ -66,11 +66,16 @@ impl Exchange<'_> {
                     None => pending().await,
                 }
             };
-            // Not sent if it has stopped already.
-            let ended = async {
+            let mut is_sent = false;
+            let ended = poll_fn(|cx| {
+                // Others may have had their turn since it entered: not sent if it has stopped or ended already.
+                let polled = outstanding.attempt.poll(cx);
+                if polled.is_ready() || mem::replace(&mut is_sent, true) {
+                    return polled;
+                }
                 this.send(&mut outstanding.attempt);
-                poll_fn(|cx| outstanding.attempt.poll(cx)).await
-            };
+                outstanding.attempt.poll(cx)
+            });
             let tried = tokio::select! {
                 biased;
                 stopped = stopped => Try::Stopped(stopped),
@@ -87,19 +92,20 @@ impl Exchange<'_> {
         }
     }
 
-    /// Enters the call, and writes on the request what is known when it is sent. It is to be sent and polled within the same poll.
-    pub(crate) fn begin(&mut self, now: Instant, cx: &Context<'_>) -> Result<Attempt, Error> {
+    /// Enters the call, and writes on the request what is known when it is sent. If it is sent and polled for the first time within
+    /// the present poll, the waker of that saves a look.
+    pub(crate) fn begin(&mut self, now: Instant, waker: Option<&Waker>) -> Result<Attempt, Error> {
         let number = self.number()?;
         let budget = self.remaining(now)?;
         // Entered before it is sent: a reply may be there at once.
         let pending = self.client.pending();
-        let entered = pending.enter(number, now, self.deadline, Some(cx.waker()))?;
+        let entered = pending.enter(number, now, self.deadline, waker)?;
         let deadline = Deadline::of(entered.wall, budget);
         self.address(Some(entered.address), deadline);
         Ok(Attempt {
             slot: entered.slot,
             sending: None,
-            is_new: true,
+            is_new: waker.is_some(),
         })
     }
 
@@ -220,14 +226,14 @@ pub(crate) struct Attempt {
     slot: Slot,
     /// If its request takes a future to be sent: until it is accepted.
     sending: Option<Sending>,
-    /// Not polled yet.
+    /// It entered within the present poll, with its waker.
     is_new: bool,
 }
 
 impl Attempt {
     /// Waits for the end; not to be polled again after it.
     pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Ended> {
-        // It entered with the waker of this poll, which is woken by all that happened since.
+        // All that happened since has woken that waker.
         let may_have_ended = !mem::take(&mut self.is_new);
         // A reply proves that the request was accepted: nothing more is waited for.
         if may_have_ended && let Poll::Ready(ended) = self.slot.poll_ended(cx) {

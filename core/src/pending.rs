@@ -504,7 +504,7 @@ mod tests {
             }
             answer(&pending, id);
             ticket.fail(failed("after the reply"));
-            assert!(ticket.commit() && !ticket.is_abandoned());
+            assert!(ticket.commit() && ticket.is_abandoned());
             assert!(matches!(end(slot), Some(Ended::Reply(_))));
             assert!(ticket.is_abandoned());
             // Of a call that has its reply nobody hears more.

@@ -93,6 +93,12 @@ impl Told {
     }
 }
 
+/// Of a transport that waits for the broker's word, and has nobody to tell.
+pub(crate) fn never_told() -> Error {
+    let message = "the transport keeps to itself how settling ended";
+    Error::maybe_executed(ErrorKind::Broker, message)
+}
+
 fn untold() -> Error {
     let message = "the transport was closed before the broker's word";
     Error::maybe_executed(ErrorKind::Closed, message)

@@ -90,7 +90,7 @@ impl Ticket {
 
     /// For the transport: the request that it [took](crate::Transport::post) was not sent, or not accepted; the error is that of
     /// [`send`](crate::Transport::send). Ends the call at once, unless it has ended, and is heard once. Whoever drops a request that it
-    /// took says so too, or the call waits until its deadline.
+    /// took says so too, or the call waits until its deadline. Not to be called under a lock that the transport takes when it is used.
     pub fn fail(&self, error: Error) {
         self.0.fail(error);
     }

@@ -12,9 +12,10 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::envelope::{CorrelationId, Reply, Request};
-use crate::error::{Error, ErrorKind};
+use crate::error::Error;
 pub use crate::flagged_token::FlaggedToken;
 use crate::name::{ReplyAddress, ServiceName};
+use crate::settled::never_told;
 pub use crate::settled::{Later, Settled};
 use crate::ticket::Ticket;
 
@@ -431,10 +432,7 @@ impl Delivery {
         };
         match (self.settlement.settle(settle, Later::new(&mut later)), told) {
             (Poll::Pending, Some(told)) => told.ended().await,
-            (Poll::Pending, None) => {
-                let message = "the transport keeps to itself how settling ended";
-                Err(Error::maybe_executed(ErrorKind::Broker, message))
-            }
+            (Poll::Pending, None) => Err(never_told()),
             (Poll::Ready(settled), _) => settled,
         }
     }

@@ -148,16 +148,19 @@ impl Connection {
     }
 
     pub(crate) fn resume(&self) {
-        let _transition = lock(&self.transition);
-        if self.is(PAUSED) && !self.is(CLOSED) {
+        {
+            let _transition = lock(&self.transition);
+            if !self.is(PAUSED) || self.is(CLOSED) {
+                return;
+            }
             self.hub.for_each_queue(|queue| queue.resume(self.id));
             if !self.is(CUT) {
                 self.rejoin();
             }
             self.change(|gate| gate & !PAUSED);
             self.hub.wake_inboxes(self.id);
-            self.unpark();
         }
+        self.unpark();
     }
 
     pub(crate) fn set_blocked(&self, blocked: bool) {
@@ -174,14 +177,17 @@ impl Connection {
     }
 
     pub(crate) fn close(&self) {
-        let _transition = lock(&self.transition);
-        if !self.is(CLOSED) {
+        {
+            let _transition = lock(&self.transition);
+            if self.is(CLOSED) {
+                return;
+            }
             self.change(|gate| gate | CLOSED);
             self.hub
                 .for_each_queue(|queue: &Queue| queue.close(self.id));
             self.hub.close_inboxes(self.id);
-            self.unpark();
         }
+        self.unpark();
     }
 
     /// Settles a delivery once the connection is no longer paused.
@@ -197,6 +203,7 @@ impl Connection {
         }
     }
 
+    /// Not under a lock: who is told may use the connection.
     fn unpark(&self) {
         let parked = mem::take(&mut *lock(&self.parked));
         for Parked {

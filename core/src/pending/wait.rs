@@ -82,8 +82,10 @@ impl Wait {
         drop(left);
     }
 
+    /// True if it has ended, whether who waited knows it yet or not.
     pub(crate) fn is_over(&self) -> bool {
-        self.lock().is_over
+        let state = self.lock();
+        state.is_over || state.ended.is_some()
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -76,8 +76,8 @@ impl RunningServer {
     /// **Cancel safety**: dropping the future stops the server at once.
     ///
     /// # Errors
-    /// `DeadlineExceeded` if handlers still ran at the end of the drain timeout; they were dropped, and their requests go to
-    /// another server.
+    /// `DeadlineExceeded` if handlers still ran at the end of the drain timeout, or the broker had not accepted what they did; those
+    /// that ran were dropped, and their requests go to another server.
     pub async fn shutdown(mut self) -> Result<(), Error> {
         self.stop.disarm().cancel();
         let drain = async {
@@ -103,7 +103,7 @@ impl RunningServer {
         let _ = tokio::time::timeout(DROP_TIMEOUT, self.outbox.close()).await;
         drained.and(closed).map_err(|_| {
             let message = format!(
-                "handlers still ran {:?} after the shutdown began",
+                "handlers still ran, or were not settled, {:?} after the shutdown began",
                 self.drain_timeout
             );
             Error::maybe_executed(ErrorKind::DeadlineExceeded, message)

@@ -21,7 +21,7 @@ use crate::error::{Error, ErrorKind, Executed};
 use crate::fault::{Code, Fault};
 use crate::handler::{AnyHandler, Failure, Handling, Response};
 use crate::server::{Keeping, KeptTo, count};
-use crate::settled::Told;
+use crate::settled::{Told, never_told};
 use crate::signal::{Signal, Signals};
 use crate::transport::{Delivery, Later, Settle, Settled, Settlement};
 
@@ -185,14 +185,16 @@ impl Service {
         mut unsent: Option<Unsent>,
     ) -> Option<Unended> {
         let mut told = None;
+        let mut is_told = false;
         let mut later = || {
+            is_told = true;
             if unsent.is_some() && self.outbox.is_durable() {
                 let (settled, waits) = Settled::to_waiter();
                 told = Some(waits);
                 return settled;
             }
-            let (service, counted) = (Arc::downgrade(self), self.settling.token());
-            Settled::to_service(UnderWay::new(service, unsent.take(), counted))
+            let counted = self.settling.token();
+            Settled::to_service(UnderWay::new(Arc::downgrade(self), unsent.take(), counted))
         };
         match settlement.settle(settle, Later::new(&mut later)) {
             Poll::Ready(Ok(())) => None,
@@ -203,6 +205,10 @@ impl Service {
                     None
                 }
             },
+            Poll::Pending if !is_told => {
+                self.unsettled(&never_told());
+                None
+            }
             Poll::Pending => {
                 let (told, unsent) = told.zip(unsent)?;
                 Some(Unended::UnderWay(told, unsent))

@@ -1,6 +1,6 @@
 //! A call as a future: what its polls send, and whom they let run.
 
-use std::future::{Future, IntoFuture};
+use std::future::{Future, IntoFuture, poll_fn};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
@@ -8,9 +8,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use antiphon_core::{Client, ClientConfig, ErrorKind, Server, Transport};
+use antiphon_core::{Client, ClientConfig, ErrorKind, Executed, Server, Transport};
 use antiphon_memory::{MemoryBroker, MemoryConfig};
 use bytes::Bytes;
+use tokio::task::coop;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
 
 /// How long a loop of calls may take to let others run.
 const TURN: Duration = Duration::from_secs(20);
@@ -106,4 +109,27 @@ fn calls_to_a_full_queue_let_a_server_empty_it() {
         while !stop.load(Ordering::Relaxed) && client.call_raw("s", "").await.is_err() {}
         starting.abort();
     });
+}
+
+/// Polled for the first time by a task that has used its turn up, so that what it is made of may not begin, it has entered and was not sent.
+#[tokio::test]
+async fn a_call_without_a_turn_ends_with_its_client() {
+    let transport: Arc<dyn Transport> = Arc::new(MemoryBroker::new().connect());
+    let client = client(&transport).await;
+    let call = client.call_raw("s", "").timeout(TURN);
+    let mut call = pin!(call.cancel_on(CancellationToken::new()).into_future());
+    let has_entered = poll_fn(|cx| {
+        let mut left = 10_000;
+        while left > 0 && pin!(coop::consume_budget()).poll(cx).is_ready() {
+            left -= 1;
+        }
+        Poll::Ready(left > 0 && call.as_mut().poll(cx).is_pending())
+    });
+    assert!(has_entered.await);
+    client.close().await;
+    let error = timeout(TURN, call).await.unwrap().unwrap_err();
+    assert_eq!(
+        (error.kind(), error.executed()),
+        (ErrorKind::Closed, Executed::No)
+    );
 }

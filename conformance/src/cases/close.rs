@@ -1,10 +1,7 @@
 //! An end is an end: prompt, said plainly, and nothing in hand is lost.
 
-use std::future::poll_fn;
-use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::task::Poll;
 use std::time::Duration;
 
 use antiphon_core::transport::SubscribeOptions;
@@ -12,9 +9,7 @@ use antiphon_core::{ClientConfig, ConnectionState, Context, ErrorKind, Executed,
 use bytes::Bytes;
 use futures_util::future::join_all;
 use tokio::sync::{mpsc, oneshot};
-use tokio::task::coop;
 use tokio::time::sleep;
-use tokio_util::sync::CancellationToken;
 
 use crate::bench::*;
 use crate::case::{Stop, Verdict, cases};
@@ -24,7 +19,6 @@ cases!("close": [
     closed_client_refuses_calls: G5,
     closed_transport_refuses_everything: G5,
     pending_calls_end_with_the_client: G1,
-    a_call_without_a_turn_ends_with_its_client: G1,
     pending_calls_end_with_the_transport: G1,
     close_is_idempotent: G1,
     unsettled_goes_back: G2,
@@ -136,31 +130,6 @@ async fn pending_calls_end_with_the_client(bench: Bench) -> Verdict {
     same("pending calls", client.stats().pending, 0)?;
     drop(held);
     Ok(())
-}
-
-/// It is polled for the first time by a task that has used its turn up, so that what it is made of may not begin.
-async fn a_call_without_a_turn_ends_with_its_client(bench: Bench) -> Verdict {
-    let service = bench.service("turn")?;
-    let client = bench.client().await?;
-    let call = client.call_raw(&service, "").timeout(4 * PROMPT);
-    let mut call = pin!(call.cancel_on(CancellationToken::new()).into_future());
-    let waits = poll_fn(|cx| {
-        let mut left = 10_000;
-        while left > 0 && pin!(coop::consume_budget()).poll(cx).is_ready() {
-            left -= 1;
-        }
-        Poll::Ready(left > 0 && call.as_mut().poll(cx).is_pending())
-    });
-    ensure("the first poll", waits.await, "it waits")?;
-    within("close the client", PROMPT, client.close()).await?;
-    refused(
-        "a call that had no turn",
-        call,
-        ErrorKind::Closed,
-        Executed::No,
-    )
-    .await
-    .map(drop)
 }
 
 async fn pending_calls_end_with_the_transport(bench: Bench) -> Verdict {

@@ -283,16 +283,22 @@ impl<Out> Call<Out> {
         let service = self.service.as_ref().map_err(Error::clone)?;
         let (config, options) = (self.client.config(), &self.options);
         config::check_size(self.request.body.len(), config.max_body)?;
-        let timeout = started + options.timeout.unwrap_or(config.timeout);
+        let timeout = options.timeout.unwrap_or(config.timeout);
+        let ends = started + timeout;
+        let (deadline, budget) = match options.deadline {
+            Some(earlier) if earlier < ends => {
+                (earlier, earlier.saturating_duration_since(started))
+            }
+            _ => (ends, timeout),
+        };
         Ok(Exchange {
             client: &self.client,
             service,
             request: &mut self.request,
             options,
             started,
-            deadline: options
-                .deadline
-                .map_or(timeout, |deadline| deadline.min(timeout)),
+            deadline,
+            budget,
         })
     }
 }
@@ -350,7 +356,7 @@ impl<Out> Plain<Out> {
                 }
             };
             // Polled again, it must not be sent again; and an attempt leaves the table before the next one enters.
-            self.stage = Stage::Over;
+            self.leave();
             match outcome {
                 Some(reply) => return Poll::Ready((self.read)(reply?)),
                 None => self.begin(started, Instant::now(), cx)?,
@@ -367,6 +373,13 @@ impl<Out> Plain<Out> {
         self.stage = Stage::Trying { started, attempt };
         Ok(())
     }
+
+    fn leave(&mut self) {
+        if let Stage::Trying { attempt, .. } = &mut self.stage {
+            attempt.leave(&self.call.client);
+            self.stage = Stage::Over;
+        }
+    }
 }
 
 impl<Out> Drop for Plain<Out> {
@@ -376,6 +389,7 @@ impl<Out> Drop for Plain<Out> {
         {
             exchange.give_up(attempt);
         }
+        self.leave();
     }
 }
 
@@ -391,7 +405,11 @@ impl Call<Reply> {
         body: Result<Bytes, Error>,
         content_type: Option<ContentType>,
     ) -> Self {
-        let read = |reply: Arc<Reply>| -> Result<Reply, Error> { Ok(Arc::unwrap_or_clone(reply)) };
+        // Not `unwrap_or_clone`, which moves it twice more.
+        let read = |reply: Arc<Reply>| match Arc::try_unwrap(reply) {
+            Ok(reply) => Ok(reply),
+            Err(shared) => Ok(Reply::clone(&shared)),
+        };
         Self::new(client, service, body, content_type, Finish::Reply(read))
     }
 }

@@ -21,7 +21,7 @@ use crate::given_up::GivenUp;
 use crate::listeners::Listeners;
 use crate::many::CallMany;
 use crate::name::{ReplyAddress, ServiceName};
-use crate::pending::{ClientStats, Ended, Pending};
+use crate::pending::{Arrived, ClientStats, Pending};
 use crate::signal::Signal;
 use crate::transport::{Inbox, InboxEvent, Incoming, Transport};
 
@@ -75,6 +75,7 @@ impl Client {
             joins: joined,
             words,
             max_body: config.max_body,
+            arrived: Vec::new(),
             _ended: ended.clone().drop_guard(),
         };
         let dispatcher = tokio::spawn(dispatcher.run()).abort_handle();
@@ -317,8 +318,13 @@ struct Dispatcher {
     /// Where the server hears what is said to it; none if it is none.
     words: Option<mpsc::Sender<(ServiceName, Arc<Request>)>>,
     max_body: usize,
+    /// Empty between two batches of replies; kept for its memory.
+    arrived: Vec<Arrived>,
     _ended: DropGuard,
 }
+
+/// So many calls are ended under one lock of the table, which nobody enters meanwhile.
+const RESOLVED_TOGETHER: usize = 32;
 
 impl Dispatcher {
     async fn run(mut self) {
@@ -338,6 +344,7 @@ impl Dispatcher {
                     for incoming in replies {
                         self.deliver(incoming, now);
                     }
+                    self.pending.resolve(&mut self.arrived, now);
                 }
                 InboxEvent::Lost(error) => {
                     tracing::warn!(%error, "the inbox was lost; what waited for a reply ends");
@@ -348,12 +355,17 @@ impl Dispatcher {
         }
     }
 
-    fn deliver(&self, incoming: Incoming, now: Instant) {
+    /// Answers are gathered in `arrived`.
+    fn deliver(&mut self, incoming: Incoming, now: Instant) {
         match incoming {
             Incoming::Reply(reply) => match &reply.outcome {
-                Outcome::Signal(signal) => self.hear(signal, &reply, now),
-                Outcome::Value => self.resolve(reply.body.len(), reply, now),
-                Outcome::Fault { fault, .. } => self.resolve(fault.details_size(), reply, now),
+                Outcome::Signal(signal) => {
+                    // What arrived before it was said before.
+                    self.pending.resolve(&mut self.arrived, now);
+                    self.hear(signal, &reply, now);
+                }
+                Outcome::Value => self.answer(reply.body.len(), reply, now),
+                Outcome::Fault { fault, .. } => self.answer(fault.details_size(), reply, now),
             },
             Incoming::Request { service, request } => {
                 if let Some(words) = &self.words {
@@ -368,7 +380,7 @@ impl Dispatcher {
             } => {
                 // It may have been a refusal.
                 let error = bad_reply(&reason).with_executed(Executed::Maybe);
-                self.pending.resolve(id.as_u128(), Ended::Bad(error), now);
+                self.arrived.push(Arrived::bad(&id, error));
             }
             Incoming::Undecodable { id: None, reason } => {
                 tracing::warn!(reason, "a reply that cannot be decoded was discarded");
@@ -378,18 +390,21 @@ impl Dispatcher {
     }
 
     /// Ends the call that a reply is for, or gives it to the gathering.
-    fn resolve(&self, size: usize, reply: Arc<Reply>, now: Instant) {
-        let id = reply.id.as_u128();
-        let ended = match config::check_size(size, self.max_body) {
+    fn answer(&mut self, size: usize, reply: Arc<Reply>, now: Instant) {
+        let arrived = match config::check_size(size, self.max_body) {
             Ok(()) => match self.listeners.hear(reply) {
-                Some(reply) => Ended::Reply(reply),
+                Some(reply) => Arrived::reply(reply),
                 None => return,
             },
             // One among many answers that is too large is as if it had not come.
             Err(_) if self.listeners.gathers(&reply.id) => return,
-            Err(error) => Ended::Bad(bad_reply(error.message())),
+            Err(error) => Arrived::bad(&reply.id, bad_reply(error.message())),
         };
-        self.pending.resolve(id, ended, now);
+        self.arrived.push(arrived);
+        // The others enter their calls in the meantime.
+        if self.arrived.len() >= RESOLVED_TOGETHER {
+            self.pending.resolve(&mut self.arrived, now);
+        }
     }
 
     /// Hands on what a server says before its reply.

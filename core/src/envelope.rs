@@ -20,7 +20,8 @@ pub struct CorrelationId(Id);
 
 #[derive(Clone, PartialEq, Eq, Hash)]
 enum Id {
-    Uuid(Uuid),
+    /// A UUID, as two words: as bytes it would be moved about unaligned.
+    Uuid(u64, u64),
     Foreign(Box<str>),
 }
 
@@ -28,7 +29,12 @@ impl CorrelationId {
     /// A new random id.
     #[must_use]
     pub fn random() -> Self {
-        Self(Id::Uuid(Uuid::new_v4()))
+        Self::from_uuid(Uuid::new_v4())
+    }
+
+    fn from_uuid(uuid: Uuid) -> Self {
+        let (high, low) = uuid.as_u64_pair();
+        Self(Id::Uuid(high, low))
     }
 
     /// Takes an id from the wire.
@@ -62,15 +68,16 @@ impl CorrelationId {
             .fold(false, |upper, byte| upper | byte.is_ascii_uppercase());
         // Of this length only the spelling with hyphens is one.
         let uuid = Uuid::try_parse_ascii(text).ok()?;
-        (!upper).then_some(Self(Id::Uuid(uuid)))
+        (!upper).then(|| Self::from_uuid(uuid))
     }
 
     /// An id of ours as it is on the wire, a UUID in lower case with hyphens; `None` for a foreign one.
     #[must_use]
     pub fn uuid_text(&self) -> Option<[u8; 36]> {
-        match &self.0 {
-            Id::Uuid(uuid) => {
+        match self.0 {
+            Id::Uuid(high, low) => {
                 let mut text = [0; 36];
+                let uuid = Uuid::from_u64_pair(high, low);
                 uuid.hyphenated().encode_lower(&mut text);
                 Some(text)
             }
@@ -80,21 +87,24 @@ impl CorrelationId {
 
     /// The number behind an id of ours; `None` for a foreign one.
     pub(crate) fn as_u128(&self) -> Option<u128> {
-        match &self.0 {
-            Id::Uuid(uuid) => Some(uuid.as_u128()),
+        match self.0 {
+            Id::Uuid(high, low) => Some(u128::from(high) << 64 | u128::from(low)),
             Id::Foreign(_) => None,
         }
     }
 
     #[cfg(test)]
     pub(crate) fn from_u128(id: u128) -> Self {
-        Self(Id::Uuid(Uuid::from_u128(id)))
+        Self::from_uuid(Uuid::from_u128(id))
     }
 
     /// Calls `f` with the id as it is on the wire, without allocating.
     pub fn with_str<T>(&self, f: impl FnOnce(&str) -> T) -> T {
         match &self.0 {
-            Id::Uuid(uuid) => f(uuid.hyphenated().encode_lower(&mut Uuid::encode_buffer())),
+            Id::Uuid(high, low) => {
+                let uuid = Uuid::from_u64_pair(*high, *low);
+                f(uuid.hyphenated().encode_lower(&mut Uuid::encode_buffer()))
+            }
             Id::Foreign(text) => f(text),
         }
     }

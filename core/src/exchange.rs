@@ -16,7 +16,7 @@ use crate::envelope::{Deadline, Outcome, Reply, Request};
 use crate::error::{Error, ErrorKind, Executed};
 use crate::given_up::Lost;
 use crate::name::{ReplyAddress, ServiceName};
-use crate::pending::{Ended, Slot};
+use crate::pending::{Ended, Place};
 use crate::signal::Signals;
 use crate::ticket::Ticket;
 use crate::transport::Outbound;
@@ -29,6 +29,8 @@ pub(crate) struct Exchange<'a> {
     pub(crate) options: &'a Options,
     pub(crate) started: Instant,
     pub(crate) deadline: Instant,
+    /// From the start to the deadline.
+    pub(crate) budget: Duration,
 }
 
 type Sending = Pin<Box<dyn Future<Output = Result<(), Error>> + Send>>;
@@ -103,15 +105,15 @@ impl Exchange<'_> {
         let deadline = Deadline::of(entered.wall, budget);
         self.address(Some(entered.address), deadline);
         Ok(Attempt {
-            slot: entered.slot,
+            place: entered.place,
             sending: None,
             is_new: waker.is_some(),
         })
     }
 
-    /// Sends the request. An attempt that is dropped before it has ended must be [given up](Self::give_up) then.
+    /// Sends the request. An attempt that has not ended must be [given up](Self::give_up) before it is left.
     pub(crate) fn send(&self, attempt: &mut Attempt) {
-        let ticket = attempt.slot.ticket();
+        let ticket = attempt.place.ticket();
         let is_taken = self.client.transport().post(
             self.service,
             self.request,
@@ -129,7 +131,7 @@ impl Exchange<'_> {
         tried: Try,
         attempt: &Attempt,
     ) -> Option<Result<Arc<Reply>, Error>> {
-        let ticket = attempt.slot.ticket();
+        let ticket = attempt.place.ticket();
         Some(match tried {
             Try::Ended(Ended::Reply(reply)) => answer(reply),
             Try::Ended(Ended::Bad(error)) => Err(error),
@@ -162,7 +164,7 @@ impl Exchange<'_> {
 
     /// Nobody wants the outcome any more. What was sent is taken back, or the servers told.
     pub(crate) fn give_up(&self, attempt: &Attempt) {
-        if !attempt.slot.ticket().withdraw() {
+        if !attempt.place.ticket().withdraw() {
             self.client.given_up().add(Lost {
                 service: self.service.clone(),
                 id: self.request.id.clone(),
@@ -190,7 +192,12 @@ impl Exchange<'_> {
 
     /// What is left of the time before the request is sent.
     pub(crate) fn remaining(&self, now: Instant) -> Result<Duration, Error> {
-        match self.deadline.saturating_duration_since(now) {
+        let remaining = match now == self.started {
+            // Most are sent at once, and to subtract times is not free.
+            true => self.budget,
+            false => self.deadline.saturating_duration_since(now),
+        };
+        match remaining {
             Duration::ZERO => Err(deadline_exceeded(self.started, Executed::No)),
             remaining => Ok(remaining),
         }
@@ -221,9 +228,9 @@ impl Exchange<'_> {
     }
 }
 
-/// One try to get a reply: a place in the table, and the request on its way. Dropped, it is withdrawn if it was not sent.
+/// One try to get a reply: a place in the table, and the request on its way. To be [left](Self::leave) in the end.
 pub(crate) struct Attempt {
-    slot: Slot,
+    place: Place,
     /// If its request takes a future to be sent: until it is accepted.
     sending: Option<Sending>,
     /// It entered within the present poll, with its waker.
@@ -236,7 +243,7 @@ impl Attempt {
         // All that happened since has woken that waker.
         let may_have_ended = !mem::take(&mut self.is_new);
         // A reply proves that the request was accepted: nothing more is waited for.
-        if may_have_ended && let Poll::Ready(ended) = self.slot.poll_ended(cx) {
+        if may_have_ended && let Poll::Ready(ended) = self.place.poll_ended(cx) {
             return Poll::Ready(ended);
         }
         // After the end was asked for: what has timed out while it waited to be sent is not sent.
@@ -250,16 +257,16 @@ impl Attempt {
         }
         Poll::Pending
     }
-}
 
-impl Drop for Attempt {
-    fn drop(&mut self) {
+    /// Leaves nothing behind; the request is withdrawn if it was not sent.
+    pub(crate) fn leave(&mut self, client: &Client) {
         // If it was sent, there is nothing to withdraw, and the answer says just that.
-        let _ = self.slot.ticket().withdraw();
+        let _ = self.place.ticket().withdraw();
+        client.pending().leave(&mut self.place);
     }
 }
 
-/// An attempt of which the outcome may not be known. If its call is dropped then, nobody wants it any more.
+/// An attempt that is left when this is dropped. If its outcome is not known then, nobody wants it any more.
 struct Outstanding<'a> {
     exchange: &'a Exchange<'a>,
     attempt: Attempt,
@@ -271,6 +278,7 @@ impl Drop for Outstanding<'_> {
         if self.is_unwanted {
             self.exchange.give_up(&self.attempt);
         }
+        self.attempt.leave(self.exchange.client);
     }
 }
 

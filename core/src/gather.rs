@@ -141,11 +141,13 @@ impl<Out> Gathering<'_, Out> {
         let budget = self.exchange.remaining(started)?;
         // Listening before it is sent: a reply may be faster than the broker's word.
         let mut listening = client.listeners().listen(id, Wants::SignalsAndReplies);
+        let pending = client.pending();
         let Entered {
-            mut slot,
+            place,
             address,
             wall,
-        } = client.pending().enter(id, started, ends, None)?;
+        } = pending.enter(id, started, ends, None)?;
+        let mut slot = Slot { pending, place };
         let deadline = Deadline::of(wall, budget);
         self.exchange.address(Some(address), deadline);
         let mut asked = Asked {
@@ -164,7 +166,11 @@ impl<Out> Gathering<'_, Out> {
     }
 
     /// Asks, and hears who answers, until there is nothing more to wait for.
-    async fn gather(&mut self, listening: &mut Listening, slot: &mut Slot) -> Result<(), Error> {
+    async fn gather(
+        &mut self,
+        listening: &mut Listening,
+        slot: &mut Slot<'_>,
+    ) -> Result<(), Error> {
         let request = Request::clone(self.exchange.request);
         let transport = self.exchange.client.transport();
         let sent = transport.broadcast(self.exchange.service, request);

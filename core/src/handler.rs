@@ -3,7 +3,6 @@
 use std::future::Future;
 use std::marker::PhantomData;
 use std::pin::Pin;
-use std::sync::Arc;
 
 use bytes::Bytes;
 
@@ -41,12 +40,12 @@ pub trait Handler<Args>: Send + Sync + 'static {
     /// What it is told besides: a [`Context`], or nothing.
     type About: About;
 
-    /// Decodes the body and runs the function.
+    /// Decodes the body and runs the function. The future may outlive the handler.
     fn handle(
         &self,
         body: Bytes,
         about: Self::About,
-    ) -> impl Future<Output = Result<Response, Failure>> + Send;
+    ) -> impl Future<Output = Result<Response, Failure>> + Send + 'static;
 }
 
 /// An async function from bytes to `Result<impl Into<Response>, Fault>`, with or without a [`Context`].
@@ -56,12 +55,12 @@ pub trait RawHandler<Args>: Send + Sync + 'static {
     /// What it is told besides: a [`Context`], or nothing.
     type About: About;
 
-    /// Runs the function.
+    /// Runs the function. The future may outlive the handler.
     fn handle(
         &self,
         body: Bytes,
         about: Self::About,
-    ) -> impl Future<Output = Result<Response, Failure>> + Send;
+    ) -> impl Future<Output = Result<Response, Failure>> + Send + 'static;
 }
 
 /// What a handler is told of its request besides the input: a [`Context`], or nothing, of which none is made then.
@@ -103,13 +102,17 @@ where
     F: Fn(In) -> Running + Send + Sync + 'static,
     In: serde::de::DeserializeOwned + Send,
     Out: serde::Serialize + Send,
-    Running: Future<Output = Result<Out, Fault>> + Send,
+    Running: Future<Output = Result<Out, Fault>> + Send + 'static,
 {
     type About = ();
 
-    async fn handle(&self, body: Bytes, (): ()) -> Result<Response, Failure> {
-        let output = self(json_input(&body)?).await?;
-        json_response(&output)
+    fn handle(
+        &self,
+        body: Bytes,
+        (): (),
+    ) -> impl Future<Output = Result<Response, Failure>> + Send + 'static {
+        let running = json_input(&body).map(self);
+        async move { json_response(&running?.await?) }
     }
 }
 
@@ -119,13 +122,17 @@ where
     F: Fn(In, Context) -> Running + Send + Sync + 'static,
     In: serde::de::DeserializeOwned + Send,
     Out: serde::Serialize + Send,
-    Running: Future<Output = Result<Out, Fault>> + Send,
+    Running: Future<Output = Result<Out, Fault>> + Send + 'static,
 {
     type About = Context;
 
-    async fn handle(&self, body: Bytes, context: Context) -> Result<Response, Failure> {
-        let output = self(json_input(&body)?, context).await?;
-        json_response(&output)
+    fn handle(
+        &self,
+        body: Bytes,
+        context: Context,
+    ) -> impl Future<Output = Result<Response, Failure>> + Send + 'static {
+        let running = json_input(&body).map(|input| self(input, context));
+        async move { json_response(&running?.await?) }
     }
 }
 
@@ -133,12 +140,17 @@ impl<F, Out, Running> RawHandler<(Bytes,)> for F
 where
     F: Fn(Bytes) -> Running + Send + Sync + 'static,
     Out: Into<Response>,
-    Running: Future<Output = Result<Out, Fault>> + Send,
+    Running: Future<Output = Result<Out, Fault>> + Send + 'static,
 {
     type About = ();
 
-    async fn handle(&self, body: Bytes, (): ()) -> Result<Response, Failure> {
-        Ok(self(body).await?.into())
+    fn handle(
+        &self,
+        body: Bytes,
+        (): (),
+    ) -> impl Future<Output = Result<Response, Failure>> + Send + 'static {
+        let running = self(body);
+        async move { Ok(running.await?.into()) }
     }
 }
 
@@ -146,12 +158,17 @@ impl<F, Out, Running> RawHandler<(Bytes, Context)> for F
 where
     F: Fn(Bytes, Context) -> Running + Send + Sync + 'static,
     Out: Into<Response>,
-    Running: Future<Output = Result<Out, Fault>> + Send,
+    Running: Future<Output = Result<Out, Fault>> + Send + 'static,
 {
     type About = Context;
 
-    async fn handle(&self, body: Bytes, context: Context) -> Result<Response, Failure> {
-        Ok(self(body, context).await?.into())
+    fn handle(
+        &self,
+        body: Bytes,
+        context: Context,
+    ) -> impl Future<Output = Result<Response, Failure>> + Send + 'static {
+        let running = self(body, context);
+        async move { Ok(running.await?.into()) }
     }
 }
 
@@ -182,8 +199,8 @@ pub(crate) type Handling = Pin<Box<dyn Future<Output = Result<Response, Failure>
 
 /// A handler whose types are forgotten.
 pub(crate) trait AnyHandler: Send + Sync {
-    /// `context` is asked for one if the handler wants it.
-    fn handle(self: Arc<Self>, body: Bytes, context: &mut dyn FnMut() -> Context) -> Handling;
+    /// `context` is asked for one if the handler wants it. May panic, as the user's function may.
+    fn handle(&self, body: Bytes, context: &mut dyn FnMut() -> Context) -> Handling;
 }
 
 #[cfg(feature = "json")]
@@ -191,17 +208,15 @@ pub(crate) struct Json<H, Args>(pub(crate) H, pub(crate) PhantomData<fn(Args)>);
 
 #[cfg(feature = "json")]
 impl<H: Handler<Args>, Args: 'static> AnyHandler for Json<H, Args> {
-    fn handle(self: Arc<Self>, body: Bytes, context: &mut dyn FnMut() -> Context) -> Handling {
-        let about = H::About::from_context(context);
-        Box::pin(async move { self.0.handle(body, about).await })
+    fn handle(&self, body: Bytes, context: &mut dyn FnMut() -> Context) -> Handling {
+        Box::pin(self.0.handle(body, H::About::from_context(context)))
     }
 }
 
 pub(crate) struct Raw<H, Args>(pub(crate) H, pub(crate) PhantomData<fn(Args)>);
 
 impl<H: RawHandler<Args>, Args: 'static> AnyHandler for Raw<H, Args> {
-    fn handle(self: Arc<Self>, body: Bytes, context: &mut dyn FnMut() -> Context) -> Handling {
-        let about = H::About::from_context(context);
-        Box::pin(async move { self.0.handle(body, about).await })
+    fn handle(&self, body: Bytes, context: &mut dyn FnMut() -> Context) -> Handling {
+        Box::pin(self.0.handle(body, H::About::from_context(context)))
     }
 }

@@ -3,15 +3,17 @@
 mod deadlines;
 mod ended;
 mod heartbeats;
+mod place;
 mod wait;
 mod wall;
 
+pub(crate) use self::place::{Place, Slot};
 pub(crate) use self::wait::Wait;
 
 use std::collections::HashMap;
-use std::future::{pending, poll_fn};
+use std::future::pending;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll, Waker, ready};
+use std::task::Waker;
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::{Notify, watch};
@@ -24,7 +26,6 @@ use self::wall::WallClock;
 use crate::envelope::{CorrelationId, Reply};
 use crate::error::{Error, ErrorKind, Executed};
 use crate::name::ReplyAddress;
-use crate::ticket::Ticket;
 use crate::transport::ConnectionState;
 
 /// What a client has seen, and what waits now.
@@ -58,6 +59,34 @@ pub(crate) enum Ended {
     InboxLost(Error),
     /// The client was closed.
     Closed(Error),
+}
+
+/// What arrived for a call.
+#[derive(Debug)]
+pub(crate) struct Arrived {
+    id: Option<u128>,
+    ended: Ended,
+    /// Who waits for it, once that is known.
+    wait: Option<Arc<Wait>>,
+}
+
+impl Arrived {
+    pub(crate) fn reply(reply: Arc<Reply>) -> Self {
+        Self {
+            id: reply.id.as_u128(),
+            ended: Ended::Reply(reply),
+            wait: None,
+        }
+    }
+
+    /// A reply that is none.
+    pub(crate) fn bad(id: &CorrelationId, error: Error) -> Self {
+        Self {
+            id: id.as_u128(),
+            ended: Ended::Bad(error),
+            wait: None,
+        }
+    }
 }
 
 /// The table of one client.
@@ -107,8 +136,10 @@ impl Pending {
 
     /// Enters a call, before its request is sent: a reply may be faster than `send`. It ends by `deadline`. If
     /// who enters it polls for its end within the same poll, its waker saves the first look.
+    ///
+    /// Who enters it has it [leave](Self::leave) in the end.
     pub(crate) fn enter(
-        self: &Arc<Self>,
+        &self,
         id: u128,
         now: Instant,
         deadline: Instant,
@@ -136,17 +167,20 @@ impl Pending {
         if is_first {
             self.earlier.notify_one();
         }
-        let slot = Slot {
-            pending: Arc::clone(self),
-            id,
-            ticket: Ticket::of(wait),
-            ended: false,
-        };
         Ok(Entered {
-            slot,
+            place: Place::new(id, wait),
             address,
             wall,
         })
+    }
+
+    /// Leaves nothing behind of a call but the memory of its id, unless it has ended.
+    pub(crate) fn leave(&self, place: &mut Place) {
+        if let Some(id) = place.take_out() {
+            let abandoned = self.lock().abandon(id, Instant::now());
+            drop(abandoned);
+            place.ticket().wait().leave();
+        }
     }
 
     /// Fails if the table is closed.
@@ -154,26 +188,19 @@ impl Pending {
         self.lock().closed.clone().map_or(Ok(()), Err)
     }
 
-    /// Hands what arrived to the call that waits for it, or discards and counts it.
-    /// An id that is no number is none of ours.
-    pub(crate) fn resolve(&self, id: Option<u128>, ended: Ended, now: Instant) {
-        let mut table = self.lock();
-        let Some(id) = id else {
-            table.unknown += 1;
-            return;
-        };
-        if let Some(wait) = table.waiting.remove(&id) {
-            table.heartbeats.forget(id);
-            table.ended.remember(id, Fate::Answered, now);
-            drop(table);
-            // Its future may be gone by a hair: the call ended first, and has its outcome.
-            wait.end(ended);
-            return;
+    /// Hands what arrived to the calls that wait for it, or discards and counts it. Leaves `arrived` empty.
+    pub(crate) fn resolve(&self, arrived: &mut Vec<Arrived>, now: Instant) {
+        {
+            let mut table = self.lock();
+            for arrived in &mut *arrived {
+                arrived.wait = table.answer(arrived.id, now);
+            }
         }
-        match table.ended.find(id, now) {
-            Some(Fate::Answered) => table.duplicates += 1,
-            Some(Fate::Abandoned) => table.late += 1,
-            None => table.unknown += 1,
+        for Arrived { wait, ended, .. } in arrived.drain(..) {
+            if let Some(wait) = wait {
+                // Its future may be gone by a hair: the call ended first, and has its outcome.
+                wait.end(ended);
+            }
         }
     }
 
@@ -299,6 +326,25 @@ impl Pending {
 }
 
 impl Table {
+    /// Takes the call out that a reply is for. An id that is no number is none of ours.
+    fn answer(&mut self, id: Option<u128>, now: Instant) -> Option<Arc<Wait>> {
+        let Some(id) = id else {
+            self.unknown += 1;
+            return None;
+        };
+        if let Some(wait) = self.waiting.remove(&id) {
+            self.heartbeats.forget(id);
+            self.ended.remember(id, Fate::Answered, now);
+            return Some(wait);
+        }
+        match self.ended.find(id, now) {
+            Some(Fate::Answered) => self.duplicates += 1,
+            Some(Fate::Abandoned) => self.late += 1,
+            None => self.unknown += 1,
+        }
+        None
+    }
+
     fn abandon_all(&mut self) -> Vec<Arc<Wait>> {
         self.heartbeats = Heartbeats::default();
         let now = Instant::now();
@@ -322,84 +368,55 @@ impl Table {
 
 /// What a call that entered is told.
 pub(crate) struct Entered {
-    pub(crate) slot: Slot,
+    pub(crate) place: Place,
     /// Where its reply is to go.
     pub(crate) address: ReplyAddress,
     /// What the wall clock says.
     pub(crate) wall: SystemTime,
 }
 
-/// A call's place in the table; dropping it leaves nothing behind but the memory of its id.
-#[derive(Debug)]
-pub(crate) struct Slot {
-    pending: Arc<Pending>,
-    id: u128,
-    ticket: Ticket,
-    /// It is out of the table already.
-    ended: bool,
-}
-
-impl Slot {
-    /// The ticket for its request.
-    pub(crate) fn ticket(&self) -> &Ticket {
-        &self.ticket
-    }
-
-    /// Waits for the end; not to be called again after it.
-    ///
-    /// **Cancel safety**: the end is not lost by dropping the future.
-    pub(crate) async fn ended(&mut self) -> Ended {
-        poll_fn(|cx| self.poll_ended(cx)).await
-    }
-
-    /// Waits for the end; not to be polled again after it.
-    pub(crate) fn poll_ended(&mut self, cx: &mut Context<'_>) -> Poll<Ended> {
-        let ended = ready!(self.ticket.wait().poll(cx));
-        self.ended = !matches!(ended, Ended::SendFailed(_));
-        Poll::Ready(ended)
-    }
-}
-
-impl Drop for Slot {
-    fn drop(&mut self) {
-        if !self.ended {
-            let abandoned = self.pending.lock().abandon(self.id, Instant::now());
-            drop(abandoned);
-            self.ticket.wait().leave();
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
-    use std::task::Wake;
+    use std::task::{Context, Poll, Wake};
 
     use super::ended::{ENDED_AGE, ENDED_MAX};
     use super::*;
+    use crate::ticket::Ticket;
 
     fn table(max_pending: usize) -> Arc<Pending> {
         Pending::new(ReplyAddress::new("inbox").unwrap(), max_pending)
     }
 
     fn answer(pending: &Pending, id: u128) {
-        let id = CorrelationId::from_u128(id);
-        pending.resolve(
-            id.as_u128(),
-            Ended::Reply(Arc::new(Reply::value(id, ""))),
-            Instant::now(),
-        );
+        let reply = Reply::value(CorrelationId::from_u128(id), "");
+        arrive(pending, Arrived::reply(Arc::new(reply)));
     }
 
-    fn enter(pending: &Arc<Pending>, id: u128) -> Result<(Slot, ReplyAddress), Error> {
-        let now = Instant::now();
-        let entered = pending.enter(id, now, now + Duration::from_secs(30), None)?;
-        Ok((entered.slot, entered.address))
+    fn arrive(pending: &Pending, arrived: Arrived) {
+        pending.resolve(&mut vec![arrived], Instant::now());
+    }
+
+    fn enter(pending: &Pending, id: u128) -> Result<(Slot<'_>, ReplyAddress), Error> {
+        enter_until(pending, id, Instant::now() + Duration::from_secs(30), None)
+    }
+
+    fn enter_until<'a>(
+        pending: &'a Pending,
+        id: u128,
+        deadline: Instant,
+        waker: Option<&Waker>,
+    ) -> Result<(Slot<'a>, ReplyAddress), Error> {
+        let Entered { place, address, .. } = pending.enter(id, Instant::now(), deadline, waker)?;
+        Ok((Slot { pending, place }, address))
     }
 
     /// How a call has ended.
-    fn end(mut slot: Slot) -> Option<Ended> {
-        match slot.poll_ended(&mut Context::from_waker(Waker::noop())) {
+    fn end(mut slot: Slot<'_>) -> Option<Ended> {
+        match slot
+            .place
+            .poll_ended(&mut Context::from_waker(Waker::noop()))
+        {
             Poll::Ready(ended) => Some(ended),
             Poll::Pending => None,
         }
@@ -416,11 +433,8 @@ mod tests {
         drop(dropped);
         answer(&pending, 2);
         answer(&pending, 3);
-        pending.resolve(
-            CorrelationId::parse("foreign").unwrap().as_u128(),
-            Ended::Bad(closed()),
-            Instant::now(),
-        );
+        let foreign = CorrelationId::parse("foreign").unwrap();
+        arrive(&pending, Arrived::bad(&foreign, closed()));
         let stats = ClientStats {
             pending: 0,
             duplicates: 1,
@@ -429,6 +443,25 @@ mod tests {
         };
         assert_eq!(pending.stats(), stats);
         assert!(matches!(end(answered), Some(Ended::Reply(_))));
+    }
+
+    #[test]
+    fn replies_that_arrive_together_are_told_apart() {
+        let pending = table(10);
+        let (first, _) = enter(&pending, 1).unwrap();
+        let (second, _) = enter(&pending, 2).unwrap();
+        let reply = |id| Arrived::reply(Arc::new(Reply::value(CorrelationId::from_u128(id), "")));
+        let mut arrived = vec![reply(1), reply(3), reply(1), reply(2)];
+        pending.resolve(&mut arrived, Instant::now());
+        assert!(arrived.is_empty());
+        for (slot, id) in [(first, 1), (second, 2)] {
+            let Some(Ended::Reply(reply)) = end(slot) else {
+                panic!("{id} was answered");
+            };
+            assert_eq!(reply.id, CorrelationId::from_u128(id));
+        }
+        let stats = pending.stats();
+        assert_eq!((stats.duplicates, stats.unknown, stats.late), (1, 1, 0));
     }
 
     #[tokio::test(start_paused = true)]
@@ -471,16 +504,16 @@ mod tests {
     fn a_send_that_fails_ends_its_call_once() {
         let pending = table(10);
         let (mut slot, _) = enter(&pending, 1).unwrap();
-        let ticket = slot.ticket().clone();
+        let ticket = slot.place.ticket().clone();
         let woken = Arc::new(Wakes::default());
         let waker = Waker::from(Arc::clone(&woken));
         let mut cx = Context::from_waker(&waker);
-        assert!(slot.poll_ended(&mut cx).is_pending());
+        assert!(slot.place.poll_ended(&mut cx).is_pending());
         assert!(!ticket.is_abandoned());
         ticket.fail(failed("first"));
         ticket.fail(failed("second"));
         assert_eq!(woken.0.load(Ordering::SeqCst), 1);
-        let Poll::Ready(Ended::SendFailed(error)) = slot.poll_ended(&mut cx) else {
+        let Poll::Ready(Ended::SendFailed(error)) = slot.place.poll_ended(&mut cx) else {
             panic!("the send failed");
         };
         assert_eq!(error.message(), "first");
@@ -498,7 +531,7 @@ mod tests {
         let pending = table(10);
         for id in 1..=2 {
             let (slot, _) = enter(&pending, id).unwrap();
-            let ticket = slot.ticket().clone();
+            let ticket = slot.place.ticket().clone();
             if id == 1 {
                 ticket.fail(failed("before the reply"));
             }
@@ -518,7 +551,7 @@ mod tests {
     fn nobody_hears_of_a_send_whose_call_was_dropped() {
         let pending = table(10);
         let (slot, _) = enter(&pending, 1).unwrap();
-        let ticket = slot.ticket().clone();
+        let ticket = slot.place.ticket().clone();
         assert!(ticket.commit());
         drop(slot);
         assert!(ticket.is_abandoned() && !ticket.is_withdrawn());
@@ -530,12 +563,12 @@ mod tests {
     #[test]
     fn who_enters_with_a_waker_is_woken() {
         let pending = table(10);
-        let now = Instant::now();
+        let deadline = Instant::now() + Duration::from_secs(1);
         let woken = Arc::new(Wakes::default());
         let waker = Waker::from(Arc::clone(&woken));
-        let entered = pending.enter(1, now, now + Duration::from_secs(1), Some(&waker));
-        entered.unwrap().slot.ticket().fail(failed("at once"));
-        let _other = pending.enter(2, now, now + Duration::from_secs(1), Some(&waker));
+        let (failing, _) = enter_until(&pending, 1, deadline, Some(&waker)).unwrap();
+        failing.place.ticket().fail(failed("at once"));
+        let (_answered, _) = enter_until(&pending, 2, deadline, Some(&waker)).unwrap();
         answer(&pending, 2);
         assert_eq!(woken.0.load(Ordering::SeqCst), 2);
     }
@@ -564,12 +597,12 @@ mod tests {
         let after = |milliseconds| start + Duration::from_millis(milliseconds);
         // Those that end early, many of them, leave the others their deadlines.
         for id in 1000..2000 {
-            drop(pending.enter(id, start, after(5), None).unwrap());
+            drop(enter_until(&pending, id, after(5), None).unwrap());
         }
         let mut calls = Vec::new();
         for (id, milliseconds) in [(1, 300), (2, 100), (3, 200), (4, 100)] {
-            let entered = pending.enter(id, start, after(milliseconds), None).unwrap();
-            calls.push((entered.slot, after(milliseconds)));
+            let (slot, _) = enter_until(&pending, id, after(milliseconds), None).unwrap();
+            calls.push((slot, after(milliseconds)));
             tokio::task::yield_now().await;
         }
         calls.sort_by_key(|(_, deadline)| *deadline);

@@ -6,6 +6,7 @@ use tokio::sync::oneshot;
 
 use crate::error::{Error, ErrorKind};
 use crate::service::UnderWay;
+use crate::transport::Settle;
 
 /// Whom a transport tells how a settlement ended, for one that cannot be known at once: it has made this by [`Later`], and keeps it
 /// with what it sent. Whoever drains a server waits for it.
@@ -21,7 +22,25 @@ enum Whom {
 }
 
 /// Makes a [`Settled`], for a settlement whose end cannot be known at once. Not to be asked costs nothing.
-pub struct Later<'a>(&'a mut dyn FnMut() -> Settled);
+pub struct Later<'a>(&'a mut dyn FnMut(&Settle) -> Settled);
+
+/// What was not settled, and why.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Unsettled {
+    /// An error as of [`Delivery::reply`](crate::transport::Delivery::reply).
+    pub error: Error,
+    /// As it was given: its reply may be kept.
+    pub settle: Settle,
+}
+
+impl Unsettled {
+    /// For transports.
+    #[must_use]
+    pub fn new(error: Error, settle: Settle) -> Self {
+        Self { error, settle }
+    }
+}
 
 /// Waits for the end of a settlement.
 pub(crate) struct Told(oneshot::Receiver<Result<(), Error>>);
@@ -71,13 +90,13 @@ impl fmt::Debug for Settled {
 }
 
 impl<'a> Later<'a> {
-    pub(crate) fn new(make: &'a mut dyn FnMut() -> Settled) -> Self {
+    pub(crate) fn new(make: &'a mut dyn FnMut(&Settle) -> Settled) -> Self {
         Self(make)
     }
 
-    /// Whom to tell. The settlement is under way from now on.
-    pub fn settled(self) -> Settled {
-        (self.0)()
+    /// Whom to tell. What was to be settled is under way from now on.
+    pub fn settled(self, settle: &Settle) -> Settled {
+        (self.0)(settle)
     }
 }
 

@@ -53,6 +53,17 @@ impl Ticket {
         self.decide(COMMITTED) != WITHDRAWN
     }
 
+    /// The same for less, within [`post`](crate::Transport::post): until that returns, the caller is in it, and cannot withdraw. Not to be
+    /// used by whoever has it later, or a request might be sent after its caller has gone.
+    #[must_use]
+    pub fn commit_in_post(&self) -> bool {
+        if self.is_withdrawn() {
+            return false;
+        }
+        self.0.decided.store(COMMITTED, Ordering::Release);
+        true
+    }
+
     /// For the transport: the request was sent and came back as it was, so that it may be withdrawn again. Only if that is
     /// certain.
     pub fn reopen(&self) {
@@ -126,7 +137,9 @@ mod tests {
         let withdrawn = Ticket::new();
         assert!(withdrawn.withdraw() && !withdrawn.commit() && withdrawn.is_withdrawn());
         withdrawn.reopen();
-        assert!(!withdrawn.commit());
+        assert!(!withdrawn.commit() && !withdrawn.commit_in_post());
+        let posted = Ticket::new();
+        assert!(posted.commit_in_post() && posted.commit() && !posted.withdraw());
     }
 
     #[test]

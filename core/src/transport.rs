@@ -16,7 +16,7 @@ use crate::error::Error;
 pub use crate::flagged_token::FlaggedToken;
 use crate::name::{ReplyAddress, ServiceName};
 use crate::settled::never_told;
-pub use crate::settled::{Later, Settled};
+pub use crate::settled::{Later, Settled, Unsettled};
 use crate::ticket::Ticket;
 
 /// A connection to a broker.
@@ -371,14 +371,12 @@ pub struct Delivery {
     /// When its caller stops waiting, by this host's monotonic clock: what was left of the budget when it was taken,
     /// as the broker judges it. Never early. None from a plain peer that set no deadline.
     pub expires: Option<Instant>,
-    /// Cancelled when the lease under which it is held is lost.
-    pub lease: Arc<FlaggedToken>,
     /// It may have been in its queue before this server could be told that it is given up: before the subscription, or its connection's
     /// recovery. Its caller is asked then. False, the default, if what is given up is withdrawn from the queue.
     /// *Checked by* `given_up/*`.
     pub waited: bool,
     /// Until when it is certain that nobody else has it. Who has not started it by then [asks](Settlement::ascertain). None, the
-    /// default: as long as its lease is not cancelled.
+    /// default: as long as its [lease](Self::lease) is not cancelled.
     pub certain_until: Option<Instant>,
     /// It is a copy of this server's own, of what all servers of its service were asked.
     pub(crate) asked: bool,
@@ -392,19 +390,23 @@ impl Delivery {
         request: impl Into<Arc<Request>>,
         attempt: u32,
         expires: Option<Instant>,
-        lease: impl Into<Arc<FlaggedToken>>,
         settlement: Box<dyn Settlement>,
     ) -> Self {
         Self {
             request: request.into(),
             attempt,
             expires,
-            lease: lease.into(),
             waited: false,
             certain_until: None,
             asked: false,
             settlement,
         }
+    }
+
+    /// Cancelled when the lease under which it is held is lost.
+    #[must_use]
+    pub fn lease(&self) -> &FlaggedToken {
+        self.settlement.lease()
     }
 
     /// Sends the reply, then settles the request: one operation, in this order, so that a crash between the two
@@ -425,7 +427,7 @@ impl Delivery {
     /// Settles it, and waits for the end.
     pub(crate) async fn settled(self, settle: Settle) -> Result<(), Error> {
         let mut told = None;
-        let mut later = || {
+        let mut later = |_: &Settle| {
             let (settled, waits) = Settled::to_waiter();
             told = Some(waits);
             settled
@@ -433,7 +435,7 @@ impl Delivery {
         match (self.settlement.settle(settle, Later::new(&mut later)), told) {
             (Poll::Pending, Some(told)) => told.ended().await,
             (Poll::Pending, None) => Err(never_told()),
-            (Poll::Ready(settled), _) => settled,
+            (Poll::Ready(settled), _) => settled.map_err(|unsettled| unsettled.error),
         }
     }
 
@@ -491,7 +493,11 @@ pub trait Settlement: Debug + Send + Sync {
     /// **Ready** if it is known at once how that ended. Else, and only then, `later` was made a [`Settled`], which is told it, once:
     /// over a network, as soon as the broker has accepted what settles the delivery, or will not.
     /// *Checked by* `round_trip/*`, `redelivery/*`, `close/*`.
-    fn settle(self: Box<Self>, settle: Settle, later: Later<'_>) -> Poll<Result<(), Error>>;
+    /// What could not be settled is given back.
+    fn settle(self: Box<Self>, settle: Settle, later: Later<'_>) -> Poll<Result<(), Unsettled>>;
+
+    /// Cancelled when the lease under which the delivery is held is lost. What is held under one lease shares it.
+    fn lease(&self) -> &FlaggedToken;
 
     /// Makes certain that nobody else has the delivery, and says until when that holds; none if somebody may. Only for one that says
     /// until [when](Delivery::certain_until) it is certain: by default none.
@@ -516,4 +522,13 @@ pub enum Settle {
     },
     /// Back to the queue, not counted.
     Release,
+}
+
+impl Settle {
+    pub(crate) fn reply(&self) -> Option<&Arc<Reply>> {
+        match self {
+            Self::Reply(reply) | Self::DeadLetter { reply, .. } => reply.as_ref(),
+            Self::Release => None,
+        }
+    }
 }

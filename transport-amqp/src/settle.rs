@@ -1,9 +1,9 @@
 //! The settling half of a delivery: it tells the subscription's task, which tells how that ended.
 
+use std::sync::Arc;
 use std::task::Poll;
 
-use antiphon_core::Error;
-use antiphon_core::transport::{Later, Settle, Settled, Settlement};
+use antiphon_core::transport::{FlaggedToken, Later, Settle, Settled, Settlement, Unsettled};
 use async_trait::async_trait;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
@@ -49,13 +49,19 @@ impl Command {
 pub(crate) struct AmqpSettlement {
     key: u64,
     commands: Option<mpsc::UnboundedSender<Command>>,
+    lease: Arc<FlaggedToken>,
 }
 
 impl AmqpSettlement {
-    pub(crate) fn new(key: u64, commands: mpsc::UnboundedSender<Command>) -> Self {
+    pub(crate) fn new(
+        key: u64,
+        commands: mpsc::UnboundedSender<Command>,
+        lease: Arc<FlaggedToken>,
+    ) -> Self {
         Self {
             key,
             commands: Some(commands),
+            lease,
         }
     }
 }
@@ -70,8 +76,12 @@ impl Settlement for AmqpSettlement {
         answer.await.ok().flatten()
     }
 
-    fn settle(mut self: Box<Self>, settle: Settle, later: Later<'_>) -> Poll<Result<(), Error>> {
-        let settled = later.settled();
+    fn settle(
+        mut self: Box<Self>,
+        settle: Settle,
+        later: Later<'_>,
+    ) -> Poll<Result<(), Unsettled>> {
+        let settled = later.settled(&settle);
         // Taken, so that it is not given back as well. If the task has gone, this drops what was to be told, which tells just that.
         if let Some(commands) = self.commands.take() {
             let key = self.key;
@@ -82,6 +92,10 @@ impl Settlement for AmqpSettlement {
             });
         }
         Poll::Pending
+    }
+
+    fn lease(&self) -> &FlaggedToken {
+        &self.lease
     }
 }
 

@@ -212,7 +212,8 @@ impl Connection {
             settled,
         } in parked
         {
-            settled.tell(settlement.settle_now(settle));
+            let end = settlement.settle_now(settle);
+            settled.tell(end.map_err(|unsettled| unsettled.error));
         }
     }
 

@@ -161,6 +161,11 @@ impl Faults {
         lock(&self.settings).arrival(Instant::now())
     }
 
+    /// True if nothing is done to messages.
+    pub(crate) fn are_none(&self) -> bool {
+        !self.active.load(Ordering::Acquire)
+    }
+
     /// What happens to the next reply; `None` for nothing special.
     pub(crate) fn reply_fate(&self) -> Option<Fate> {
         if !self.active.load(Ordering::Acquire) {

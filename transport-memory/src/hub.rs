@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
 use antiphon_core::transport::{Incoming, SubscribeOptions};
-use antiphon_core::{CorrelationId, Error, Reply, ReplyAddress, Request, ServiceName, Ticket};
+use antiphon_core::{CorrelationId, Error, Reply, ReplyAddress, Request, ServiceName};
 use tokio::time::Instant;
 
 use crate::config::MemoryConfig;
@@ -20,7 +20,7 @@ use crate::table::Key;
 
 type Map<K, V> = HashMap<K, V, foldhash::fast::RandomState>;
 
-/// Locks are taken in this order: a connection's transition, services, inboxes or audiences, one queue or one inbox.
+/// Locks are taken in this order: a connection's transition, services, inboxes or audiences, one queue, one inbox.
 #[derive(Debug)]
 pub(crate) struct Hub {
     pub(crate) config: MemoryConfig,
@@ -80,14 +80,14 @@ impl Hub {
         connections.iter().filter_map(Weak::upgrade).collect()
     }
 
-    /// Puts a request into its service's queue.
+    /// Puts a request into its service's queue, if it can be committed.
     pub(crate) fn request(
         &self,
         service: &ServiceName,
         request: Arc<Request>,
         expires: Option<Instant>,
         expect_responder: bool,
-        ticket: &Ticket,
+        commit: impl FnOnce() -> bool,
     ) -> Result<(), Error> {
         let queued = Queued {
             request,
@@ -96,7 +96,7 @@ impl Hub {
             arrives: self.faults.arrival(),
         };
         let waker = self.with_queue(service, |queue| {
-            queue.push(queued, expect_responder, ticket, &self.config)
+            queue.push(queued, expect_responder, commit, &self.config)
         })?;
         if let Some(waker) = waker {
             waker.wake();
@@ -201,6 +201,13 @@ impl Hub {
         let mut inboxes = self.inboxes.write().unwrap_or_else(PoisonError::into_inner);
         // The address is asked for under the lock: it may be changing.
         inboxes.remove(&letters.address());
+        // A queue may know it still.
+        letters.close();
+    }
+
+    pub(crate) fn inbox(&self, address: &ReplyAddress) -> Option<Arc<Letters>> {
+        let inboxes = self.inboxes.read().unwrap_or_else(PoisonError::into_inner);
+        inboxes.get(address).cloned()
     }
 
     pub(crate) fn wake_inboxes(&self, connection: u64) {

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Waker};
 
 use antiphon_core::transport::{Inbox, InboxEvent, Incoming};
-use antiphon_core::{Error, ErrorKind, ReplyAddress, ServiceName};
+use antiphon_core::{Error, ErrorKind, Reply, ReplyAddress, ServiceName};
 use async_trait::async_trait;
 use tokio::task::coop;
 use tokio::time::{Instant, Sleep, sleep_until};
@@ -72,6 +72,21 @@ impl Letters {
                 .push_back((arrives.unwrap_or_else(Instant::now), incoming)),
         }
         state.waker.take()
+    }
+
+    /// Adds a reply that has arrived, and says whom to wake for it. Gives it back if this is not, or no longer, that inbox.
+    pub(crate) fn push_to(
+        &self,
+        to: &ReplyAddress,
+        reply: Arc<Reply>,
+    ) -> Result<Option<Waker>, Arc<Reply>> {
+        let mut state = lock(&self.state);
+        // One that still travels must not be overtaken.
+        if state.closed || state.address != *to || !state.travelling.is_empty() {
+            return Err(reply);
+        }
+        state.arrived.push_back(Incoming::Reply(reply));
+        Ok(state.waker.take())
     }
 
     pub(crate) fn is_closed(&self) -> bool {
@@ -238,7 +253,7 @@ fn new_address() -> ReplyAddress {
 mod tests {
     use std::task::Waker;
 
-    use antiphon_core::{CorrelationId, Reply};
+    use antiphon_core::CorrelationId;
 
     use super::*;
     use crate::MemoryBroker;

@@ -1,17 +1,19 @@
 //! One service's requests: those that wait, those in some server's hands, and the dead.
 
+mod last_inbox;
 mod state;
 
 use std::sync::{Arc, Mutex};
 use std::task::Waker;
 
 use antiphon_core::transport::{FlaggedToken, SubscribeMode, SubscribeOptions};
-use antiphon_core::{CorrelationId, Error, ErrorKind, Request, ServiceName, Ticket};
+use antiphon_core::{CorrelationId, Error, ErrorKind, Reply, Request, ServiceName};
 use tokio::time::Instant;
 
 use self::state::{Effects, Held, State, already_owned};
 use crate::broker::{DeadLetter, ServiceStats};
 use crate::config::MemoryConfig;
+use crate::hub::Hub;
 use crate::session::Session;
 use crate::sweeper::Sweeper;
 use crate::table::Key;
@@ -74,12 +76,12 @@ impl Queue {
         }
     }
 
-    /// Adds a request if it may still be sent, and says whom to wake for it.
+    /// Adds a request if it can be committed, and says whom to wake for it.
     pub(crate) fn push(
         &self,
         queued: Queued,
         expect_responder: bool,
-        ticket: &Ticket,
+        commit: impl FnOnce() -> bool,
         config: &MemoryConfig,
     ) -> Result<Option<Waker>, Error> {
         let mut state = lock(&self.state);
@@ -98,7 +100,7 @@ impl Queue {
                 format!("the queue of {} is full", self.name),
             ));
         }
-        if !ticket.commit() {
+        if !commit() {
             return Err(Error::not_executed(
                 ErrorKind::Cancelled,
                 "withdrawn before it was sent",
@@ -143,17 +145,46 @@ impl Queue {
         });
     }
 
-    /// Ends a held delivery for good, and gives its request; `None` if it is held no more.
-    pub(crate) fn settle(&self, key: Key) -> Option<Arc<Request>> {
-        let (request, waker) = {
-            let mut state = lock(&self.state);
-            let Held { queued, session } = state.held.remove(key)?;
-            (queued.request, state.free_hand(session))
+    /// Ends a held delivery for good, and delivers the reply; gives it back if it is held no more.
+    pub(crate) fn settle(
+        &self,
+        key: Key,
+        reply: Option<Arc<Reply>>,
+        hub: &Hub,
+    ) -> Result<(), Option<Arc<Reply>>> {
+        let mut undelivered = None;
+        let (request, server, client) = {
+            let mut guard = lock(&self.state);
+            let state = &mut *guard;
+            let Some(Held { queued, session }) = state.held.remove(key) else {
+                return Err(reply);
+            };
+            let server = state.free_hand(session);
+            let client = match (&queued.request.reply_to, reply) {
+                (Some(to), Some(reply)) if hub.faults.are_none() => {
+                    let delivered = state.last_inbox.deliver(to, reply);
+                    delivered.unwrap_or_else(|reply| {
+                        undelivered = Some((reply, state.last_inbox.is_stale()));
+                        None
+                    })
+                }
+                (_, reply) => {
+                    undelivered = reply.map(|reply| (reply, false));
+                    None
+                }
+            };
+            (queued.request, server, client)
         };
-        if let Some(waker) = waker {
+        for waker in server.into_iter().chain(client) {
             waker.wake();
         }
-        Some(request)
+        if let (Some(to), Some((reply, is_stale))) = (&request.reply_to, undelivered) {
+            if is_stale && let Some(letters) = hub.inbox(to) {
+                lock(&self.state).last_inbox.remember(to.clone(), letters);
+            }
+            hub.reply(to, reply);
+        }
+        Ok(())
     }
 
     /// Moves a held delivery to the dead letters, and gives its request; `None` if it is held no more.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::task::Poll;
 
 use antiphon_core::transport::{
-    Delivery, Later, Settle, Settlement, Subscription, SubscriptionEvent,
+    Delivery, FlaggedToken, Later, Settle, Settlement, Subscription, SubscriptionEvent, Unsettled,
 };
 use antiphon_core::{Error, ErrorKind};
 use async_trait::async_trait;
@@ -19,23 +19,31 @@ use crate::table::Key;
 
 #[derive(Debug)]
 pub(crate) struct MemorySubscription {
+    queue: Arc<Queue>,
     link: Arc<Link>,
     session: Key,
     /// Empty between two calls of `recv`; kept for its memory.
     taken: Vec<Taken>,
 }
 
-/// The way from a subscription or a delivery to what it concerns.
+/// What all deliveries under one lease share, and the way to what they concern.
 #[derive(Debug)]
 struct Link {
     connection: Arc<Connection>,
     queue: Arc<Queue>,
+    lease: Arc<FlaggedToken>,
 }
 
 impl MemorySubscription {
     pub(crate) fn new(connection: Arc<Connection>, queue: Arc<Queue>, session: Key) -> Self {
+        let link = Link {
+            connection,
+            queue: Arc::clone(&queue),
+            lease: Arc::default(),
+        };
         Self {
-            link: Arc::new(Link { connection, queue }),
+            queue,
+            link: Arc::new(link),
             session,
             taken: Vec::new(),
         }
@@ -47,22 +55,24 @@ impl Subscription for MemorySubscription {
     async fn recv(&mut self) -> SubscriptionEvent {
         coop::consume_budget().await;
         let Self {
+            queue,
             link,
             session,
             taken,
         } = self;
         let mut wait = Wait {
-            queue: &link.queue,
+            queue,
             session: *session,
             waiting: false,
         };
         let mut timer = Timer::default();
         poll_fn(|cx| {
             loop {
-                let claim = link.queue.claim(*session, cx.waker(), taken);
+                let claim = queue.claim(*session, cx.waker(), taken);
                 wait.waiting = matches!(claim, Claim::Wait(_));
                 match claim {
                     Claim::Taken(lease) => {
+                        Link::change(link, lease);
                         let deliver = |taken: Taken| {
                             let settlement = MemorySettlement {
                                 link: Arc::clone(link),
@@ -72,7 +82,6 @@ impl Subscription for MemorySubscription {
                                 taken.request,
                                 taken.attempt,
                                 taken.expires,
-                                Arc::clone(&lease),
                                 Box::new(settlement),
                             )
                         };
@@ -90,13 +99,26 @@ impl Subscription for MemorySubscription {
     }
 
     async fn stop(&mut self) {
-        self.link.queue.stop(self.session);
+        self.queue.stop(self.session);
+    }
+}
+
+impl Link {
+    /// A new one for a new lease, which what was delivered before does not have.
+    fn change(link: &mut Arc<Self>, lease: Arc<FlaggedToken>) {
+        if !Arc::ptr_eq(&link.lease, &lease) {
+            *link = Arc::new(Self {
+                connection: Arc::clone(&link.connection),
+                queue: Arc::clone(&link.queue),
+                lease,
+            });
+        }
     }
 }
 
 impl Drop for MemorySubscription {
     fn drop(&mut self) {
-        self.link.queue.abandon(self.session);
+        self.queue.abandon(self.session);
     }
 }
 
@@ -123,39 +145,55 @@ pub(crate) struct MemorySettlement {
 }
 
 impl Settlement for MemorySettlement {
-    fn settle(mut self: Box<Self>, settle: Settle, later: Later<'_>) -> Poll<Result<(), Error>> {
+    fn settle(
+        mut self: Box<Self>,
+        settle: Settle,
+        later: Later<'_>,
+    ) -> Poll<Result<(), Unsettled>> {
         if self.link.connection.is_paused() {
             let connection = Arc::clone(&self.link.connection);
-            connection.park(*self, settle, later.settled());
+            let settled = later.settled(&settle);
+            connection.park(*self, settle, settled);
             return Poll::Pending;
         }
         Poll::Ready(self.settle_now(settle))
     }
+
+    fn lease(&self) -> &FlaggedToken {
+        &self.link.lease
+    }
 }
 
 impl MemorySettlement {
-    pub(crate) fn settle_now(&mut self, settle: Settle) -> Result<(), Error> {
+    pub(crate) fn settle_now(&mut self, settle: Settle) -> Result<(), Unsettled> {
         let Some(key) = self.held.take() else {
-            return Err(self.lost());
+            return Err(Unsettled::new(self.lost(), settle));
         };
-        let Link { connection, queue } = &*self.link;
+        let Link {
+            connection, queue, ..
+        } = &*self.link;
         // Settling decides who owns the request, so the reply comes after it: the other way round, the reply of a server
         // that has lost its lease would slip out. Nothing can come between the two: a crash takes the broker as well.
-        let (settled, reply) = match settle {
-            Settle::Reply(reply) => (queue.settle(key), reply),
+        let hub = connection.hub();
+        let settled = match settle {
+            Settle::Reply(reply) => queue.settle(key, reply, hub).map_err(Settle::Reply),
             Settle::DeadLetter { reason, reply } => {
-                (queue.bury(key, reason, &connection.hub().config), reply)
+                match queue.bury(key, reason.clone(), &hub.config) {
+                    Some(request) => {
+                        if let (Some(to), Some(reply)) = (&request.reply_to, reply) {
+                            hub.reply(to, reply);
+                        }
+                        Ok(())
+                    }
+                    None => Err(Settle::DeadLetter { reason, reply }),
+                }
             }
             Settle::Release => {
                 let returned = queue.give_back(key, Return::Uncounted);
-                return returned.ok_or_else(|| self.lost());
+                returned.ok_or(Settle::Release)
             }
         };
-        let request = settled.ok_or_else(|| self.lost())?;
-        if let (Some(to), Some(reply)) = (&request.reply_to, reply) {
-            connection.hub().reply(to, reply);
-        }
-        Ok(())
+        settled.map_err(|settle| Unsettled::new(self.lost(), settle))
     }
 
     fn lost(&self) -> Error {

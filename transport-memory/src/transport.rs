@@ -86,9 +86,10 @@ impl Transport for MemoryTransport {
                     false => Duration::ZERO,
                 };
                 let expires = in_time(&mut request, entered, waited)?;
+                let commit = || ticket.commit();
                 connection
                     .hub()
-                    .request(&service, request, expires, expect_responder, &ticket)
+                    .request(&service, request, expires, expect_responder, commit)
             }
             Outbound::Reply { to, reply } => {
                 connection.pass(CUT | PAUSED).await?;
@@ -118,7 +119,8 @@ impl Transport for MemoryTransport {
         }
         let (hub, request) = (connection.hub(), Arc::clone(request));
         // What is refused goes through `send` to be refused there: a loop of such calls would let nobody else run.
-        hub.request(service, request, Some(expires), expect_responder, ticket)
+        let commit = || ticket.commit_in_post();
+        hub.request(service, request, Some(expires), expect_responder, commit)
             .is_ok()
     }
 

@@ -204,7 +204,7 @@ async fn a_stopped_or_dropped_subscription_leaves_its_deliveries_settleable() {
     assert_eq!(over(&mut subscription).await.kind(), ErrorKind::Closed);
     drop(subscription);
     let last = held.remove(0);
-    assert!(!last.lease.is_cancelled());
+    assert!(!last.lease().is_cancelled());
     echo(last).await.unwrap();
     assert_eq!(replies(&mut inbox).await, ["1", "2"]);
     // What it had not received goes to the next one, uncounted.
@@ -516,7 +516,7 @@ async fn after_close_all_is_closed() {
         *transport.state().borrow(),
         antiphon_core::ConnectionState::Closed
     );
-    assert!(held.lease.is_cancelled());
+    assert!(held.lease().is_cancelled());
     assert_eq!(echo(held).await.unwrap_err().kind(), ErrorKind::Closed);
     assert_eq!(
         transport.open_inbox().await.unwrap_err().kind(),
@@ -561,9 +561,9 @@ async fn a_dropped_transport_has_died() {
     send(&other, "s", request_to(&*inbox, "1")).await;
     let held = delivery(&mut subscription).await;
     drop(server);
-    assert!(!held.lease.is_cancelled());
+    assert!(!held.lease().is_cancelled());
     drop(clone);
-    assert!(held.lease.is_cancelled());
+    assert!(held.lease().is_cancelled());
     assert!(echo(held).await.is_err());
     assert!(is_silent(&mut inbox));
     let mut next = shared(&other, "s", 1).await;

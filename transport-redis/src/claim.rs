@@ -163,7 +163,6 @@ fn take(
         request,
         attempt: hold.token.attempt,
         expires,
-        lease: Arc::clone(&hold.session.lease),
         settlement: Box::new(RedisSettlement::new(hold)),
     })
 }

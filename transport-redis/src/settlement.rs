@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
-use antiphon_core::transport::{Later, Settle, Settled, Settlement};
+use antiphon_core::transport::{FlaggedToken, Later, Settle, Settled, Settlement, Unsettled};
 use antiphon_core::{Error, Reply};
 use tokio::time::Instant;
 
@@ -164,10 +164,15 @@ impl RedisSettlement {
 }
 
 impl Settlement for RedisSettlement {
-    fn settle(mut self: Box<Self>, settle: Settle, later: Later<'_>) -> Poll<Result<(), Error>> {
+    fn settle(
+        mut self: Box<Self>,
+        settle: Settle,
+        later: Later<'_>,
+    ) -> Poll<Result<(), Unsettled>> {
         let Some(shared) = self.shared.take() else {
-            return Poll::Ready(Err(error::lost_lease()));
+            return Poll::Ready(Err(Unsettled::new(error::lost_lease(), settle)));
         };
+        self.settled = Some(later.settled(&settle));
         self.end = match settle {
             Settle::Reply(reply) => self.reply(&shared, reply),
             Settle::DeadLetter { reason, reply } => self.burial(&shared, &reason, reply.as_deref()),
@@ -175,9 +180,12 @@ impl Settlement for RedisSettlement {
                 attempt: self.token.attempt,
             },
         };
-        self.settled = Some(later.settled());
         shared.completer.push(self);
         Poll::Pending
+    }
+
+    fn lease(&self) -> &FlaggedToken {
+        &self.session.lease
     }
 }
 

@@ -5,7 +5,7 @@ use std::mem;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use antiphon_core::transport::{
-    Delivery, FlaggedToken, SubscribeOptions, Subscription, SubscriptionEvent,
+    Delivery, Settlement, SubscribeOptions, Subscription, SubscriptionEvent,
 };
 use antiphon_core::{Error, ErrorKind, Request, ServiceName};
 use async_trait::async_trait;
@@ -103,7 +103,6 @@ pub(crate) struct Taken {
     pub(crate) request: Arc<Request>,
     pub(crate) attempt: u32,
     pub(crate) expires: Option<Instant>,
-    pub(crate) lease: Arc<FlaggedToken>,
     pub(crate) settlement: Box<RedisSettlement>,
 }
 
@@ -112,7 +111,7 @@ impl Taken {
     fn receive_all(taken: VecDeque<Self>) -> Vec<Delivery> {
         let mut deliveries = Vec::with_capacity(taken.len());
         for taken in taken {
-            if !taken.lease.is_cancelled() {
+            if !taken.settlement.lease().is_cancelled() {
                 deliveries.push(taken.receive());
             }
         }
@@ -121,13 +120,7 @@ impl Taken {
 
     fn receive(mut self) -> Delivery {
         self.settlement.receive();
-        Delivery::new(
-            self.request,
-            self.attempt,
-            self.expires,
-            self.lease,
-            self.settlement,
-        )
+        Delivery::new(self.request, self.attempt, self.expires, self.settlement)
     }
 }
 

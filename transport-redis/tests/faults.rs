@@ -154,7 +154,7 @@ async fn scripts_that_were_flushed_are_loaded_again() {
             .unwrap();
         // Long enough for the lease to be renewed by a script that is gone.
         tokio::time::sleep(LEASE + LEASE / 2).await;
-        assert!(!delivery.lease.is_cancelled());
+        assert!(!delivery.lease().is_cancelled());
         let answer = Reply::value(delivery.request.id.clone(), &b"y"[..]);
         within("reply", delivery.reply(Some(answer))).await.unwrap();
         assert_eq!(&reply(&mut *inbox).await.body[..], b"y");
@@ -377,7 +377,7 @@ async fn a_server_that_lost_its_lease_cannot_reply() {
         stolen = delivery(&mut *subscription) => stolen,
     };
     assert_eq!(stolen.attempt, 2);
-    within("the lease is cancelled", held.lease.cancelled()).await;
+    within("the lease is cancelled", held.lease().cancelled()).await;
     let id = held.request.id.clone();
     let error = within(
         "settle",
@@ -632,7 +632,7 @@ async fn after_a_restart_that_lost_all_the_client_is_told_and_calls_go_on() {
     let back = Instant::now();
     let event = within("the inbox tells", inbox.recv()).await;
     assert!(matches!(event, InboxEvent::Lost(_)), "{event:?}");
-    within("the lease is lost", held.lease.cancelled()).await;
+    within("the lease is lost", held.lease().cancelled()).await;
     within(
         "connected",
         state.wait_for(|state| *state == ConnectionState::Connected),

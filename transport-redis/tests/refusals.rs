@@ -241,7 +241,7 @@ async fn an_owner_whose_broker_stood_still_longer_than_its_lease_serves_again() 
             .unwrap();
         let held = delivery(&mut *subscription).await;
         broker.signal("-STOP");
-        within("the lease is lost", held.lease.cancelled()).await;
+        within("the lease is lost", held.lease().cancelled()).await;
         tokio::time::sleep(LEASE).await;
         broker.signal("-CONT");
         let back = delivery(&mut *subscription).await;
@@ -349,7 +349,7 @@ async fn a_service_that_is_refused_costs_the_others_no_lease() {
         .await
         .unwrap();
     tokio::select! {
-        () = held.lease.cancelled() => panic!("the lease is lost"),
+        () = held.lease().cancelled() => panic!("the lease is lost"),
         () = tokio::time::sleep(4 * LEASE) => {}
     }
     within("reply", held.reply(None)).await.unwrap();

@@ -283,7 +283,7 @@ async fn lost_lease_cannot_reply(bench: Bench) -> Verdict {
     within(
         "the first server learns that its lease is lost",
         2 * PROMPT,
-        stale.lease.cancelled(),
+        stale.lease().cancelled(),
     )
     .await?;
     let reply = Reply::value(stale.request.id.clone(), "stale");

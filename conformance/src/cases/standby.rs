@@ -230,7 +230,7 @@ async fn newcomer_fences_off_a_deaf_owner(bench: Bench) -> Verdict {
     within(
         "the former owner loses its lease",
         PROMPT,
-        held.lease.cancelled(),
+        held.lease().cancelled(),
     )
     .await?;
     match within("the former owner replies", PROMPT, held.reply(Some(late))).await? {

@@ -5,7 +5,8 @@ use std::task::Poll;
 use std::time::Duration;
 
 use antiphon_core::transport::{
-    Delivery, Later, Outbound, Settle, Settlement, Subscription, SubscriptionEvent,
+    Delivery, FlaggedToken, Later, Outbound, Settle, Settlement, Subscription, SubscriptionEvent,
+    Unsettled,
 };
 use antiphon_core::{CorrelationId, Error, ErrorKind, Outcome, Reply, ReplyAddress};
 use async_trait::async_trait;
@@ -27,11 +28,7 @@ impl FlawedSubscription {
     }
 
     async fn spoil(&mut self, delivery: Delivery) -> Delivery {
-        let (request, expires, lease) = (
-            delivery.request.clone(),
-            delivery.expires,
-            delivery.lease.clone(),
-        );
+        let (request, expires) = (delivery.request.clone(), delivery.expires);
         let attempt = if self.line.has(Flaw::ForgetsAttempts) {
             1
         } else {
@@ -46,6 +43,7 @@ impl FlawedSubscription {
             line: Arc::clone(&self.line),
             sound: None,
             to: request.reply_to.clone(),
+            lease: FlaggedToken::new(),
         };
         if self.line.has(Flaw::SettlesEarly) {
             // A failure would mean that it goes back, which the flaw is about.
@@ -53,7 +51,7 @@ impl FlawedSubscription {
         } else {
             settlement.sound = Some(delivery);
         }
-        Delivery::new(request, attempt, expires, lease, Box::new(settlement))
+        Delivery::new(request, attempt, expires, Box::new(settlement))
     }
 }
 
@@ -111,6 +109,8 @@ struct FlawedSettlement {
     /// None if it was settled early.
     sound: Option<Delivery>,
     to: Option<ReplyAddress>,
+    /// That of what was settled early.
+    lease: FlaggedToken,
 }
 
 impl FlawedSettlement {
@@ -137,11 +137,15 @@ impl FlawedSettlement {
 }
 
 impl Settlement for FlawedSettlement {
-    fn settle(self: Box<Self>, settle: Settle, later: Later<'_>) -> Poll<Result<(), Error>> {
-        let settled = later.settled();
+    fn settle(self: Box<Self>, settle: Settle, later: Later<'_>) -> Poll<Result<(), Unsettled>> {
+        let settled = later.settled(&settle);
         // Flawed, but so is it over a network: whoever settles waits for nothing.
         tokio::spawn(async move { settled.tell(self.flawed(settle).await) });
         Poll::Pending
+    }
+
+    fn lease(&self) -> &FlaggedToken {
+        self.sound.as_ref().map_or(&self.lease, Delivery::lease)
     }
 }
 

@@ -18,12 +18,14 @@ use super::running::Running;
 use crate::config::{Ownership, ServerConfig};
 use crate::control::{self, NodeInfo};
 use crate::envelope::{CorrelationId, Reply, Request};
-use crate::error::{Error, Executed};
+use crate::error::Executed;
 use crate::fault::{Code, Fault};
 use crate::name::{Method, Node, ReplyAddress, ServiceName};
 use crate::service::Service;
 use crate::signal::{Signal, Signals};
-use crate::transport::{Delivery, FlaggedToken, Later, Outbound, Settle, Settlement, Transport};
+use crate::transport::{
+    Delivery, FlaggedToken, Later, Outbound, Settle, Settlement, Transport, Unsettled,
+};
 
 /// How many words may wait to be dealt with; what comes on top is dropped, as if it had not arrived.
 pub(crate) const BACKLOG_MAX: usize = 1024;
@@ -179,13 +181,12 @@ impl Desk {
             node: self.node.clone(),
             kill: service.kill.token(),
             place,
+            lease: FlaggedToken::new(),
         };
         let expires = request
             .deadline
             .map(|deadline| Instant::now() + deadline.budget);
-        // Each server has a copy of its own: nobody else executes this one.
-        let lease = FlaggedToken::new();
-        let mut delivery = Delivery::new(request, 1, expires, lease, Box::new(settlement));
+        let mut delivery = Delivery::new(request, 1, expires, Box::new(settlement));
         delivery.asked = true;
         let serve = Arc::clone(service).serve(delivery);
         let serve = async move {
@@ -285,32 +286,30 @@ struct ByName {
     kill: CancellationToken,
     /// Of those that this server answers at once; free when the reply is sent.
     place: OwnedSemaphorePermit,
+    /// Never lost. Each server has a copy of its own: nobody else executes this one.
+    lease: FlaggedToken,
 }
 
 impl Settlement for ByName {
-    fn settle(self: Box<Self>, settle: Settle, later: Later<'_>) -> Poll<Result<(), Error>> {
-        let (Settle::Reply(Some(reply))
-        | Settle::DeadLetter {
-            reply: Some(reply), ..
-        }) = settle
-        else {
-            return Poll::Ready(Ok(()));
-        };
+    fn settle(self: Box<Self>, settle: Settle, later: Later<'_>) -> Poll<Result<(), Unsettled>> {
         let Self {
             transport,
-            to: Some(to),
+            to,
             node,
             kill,
             place,
-        } = *self
-        else {
+            ..
+        } = *self;
+        let (Some(to), Some(reply)) = (to, settle.reply().cloned()) else {
             return Poll::Ready(Ok(()));
         };
+        let settled = later.settled(&settle);
+        // Else it were copied.
+        drop(settle);
         let reply = Arc::new(Reply {
             node: Some(node),
             ..Arc::unwrap_or_clone(reply)
         });
-        let settled = later.settled();
         // Only handlers settle what was asked, and they run on a runtime.
         tokio::spawn(async move {
             let sending = transport.send(Outbound::Reply { to, reply });
@@ -320,5 +319,9 @@ impl Settlement for ByName {
             drop(place);
         });
         Poll::Pending
+    }
+
+    fn lease(&self) -> &FlaggedToken {
+        &self.lease
     }
 }

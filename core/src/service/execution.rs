@@ -2,7 +2,7 @@
 
 use std::any::Any;
 use std::mem;
-use std::panic::AssertUnwindSafe;
+use std::panic::{self, AssertUnwindSafe};
 use std::pin::{Pin, pin};
 use std::sync::{Arc, OnceLock};
 use std::task::{self, Poll, Waker};
@@ -23,7 +23,7 @@ use crate::handler::{AnyHandler, Failure, Handling, Response};
 use crate::server::{Keeping, KeptTo, count};
 use crate::settled::{Told, never_told};
 use crate::signal::{Signal, Signals};
-use crate::transport::{Delivery, Later, Settle, Settled, Settlement};
+use crate::transport::{Delivery, Later, Settle, Settled, Settlement, Unsettled};
 
 /// What is left of an execution where something was not ready at its first poll.
 pub(super) enum Left {
@@ -47,6 +47,22 @@ pub(super) struct Begun {
     delivery: Delivery,
     deadline: Instant,
     at: Instant,
+}
+
+/// What is needed, besides the reply, to keep it if it cannot be sent.
+struct Kept {
+    request: Arc<Request>,
+    expires: Option<Instant>,
+}
+
+impl Kept {
+    fn unsent(self, settle: &Settle) -> Option<Unsent> {
+        Some(Unsent {
+            request: self.request,
+            reply: Arc::clone(settle.reply()?),
+            expires: self.expires,
+        })
+    }
 }
 
 /// A reply that may have to be kept.
@@ -83,11 +99,11 @@ impl Service {
             }
         };
         // It may have waited for its turn since it was taken. Dropped unsettled, it goes to another server.
-        if self.kill.is_cancelled() || delivery.lease.is_cancelled() {
+        if self.kill.is_cancelled() || delivery.lease().is_cancelled() {
             return None;
         }
-        // Nobody else reads it: a share of it would cost an allocation.
-        let body = match Arc::get_mut(&mut delivery.request) {
+        let body = match own(&mut delivery.request) {
+            // Nobody else reads it: a share of it would cost an allocation.
             Some(request) => mem::take(&mut request.body),
             None => delivery.request.body.clone(),
         };
@@ -96,24 +112,30 @@ impl Service {
             let made = context.get_or_insert_with(|| self.context(&delivery, deadline));
             Context::clone(made)
         };
-        let running = Arc::clone(handler).handle(body, &mut ask);
-        let mut running = AssertUnwindSafe(running).catch_unwind();
-        let polled = poll_once(&mut running);
-        *now = Instant::now();
-        match polled {
-            Poll::Ready(handled) => {
-                self.took(&delivery, *now - at);
-                let outcome = self.outcome(handled, delivery.attempt);
-                self.answer(delivery, outcome).map(Left::Settlement)
+        let started = panic::catch_unwind(AssertUnwindSafe(|| handler.handle(body, &mut ask)));
+        let handled = match started {
+            Ok(running) => {
+                let mut running = AssertUnwindSafe(running).catch_unwind();
+                match poll_once(&mut running) {
+                    Poll::Ready(handled) => handled,
+                    Poll::Pending => {
+                        *now = Instant::now();
+                        return Some(Left::Handler(Box::new(Begun {
+                            delivery,
+                            deadline,
+                            context,
+                            running,
+                            at,
+                        })));
+                    }
+                }
             }
-            Poll::Pending => Some(Left::Handler(Box::new(Begun {
-                delivery,
-                deadline,
-                context,
-                running,
-                at,
-            }))),
-        }
+            Err(panic) => Err(panic),
+        };
+        *now = Instant::now();
+        self.took(&delivery, *now - at);
+        let outcome = self.outcome(handled, delivery.attempt);
+        self.answer(delivery, outcome).map(Left::Settlement)
     }
 
     /// Takes what [`begin`](Self::begin) left to its end.
@@ -168,12 +190,8 @@ impl Service {
             return self.end(settlement, self.end_one_way(outcome), None);
         }
         let reply = Arc::new(self.reply(request.id.clone(), outcome));
-        let unsent = is_kept.then(|| Unsent {
-            request,
-            reply: Arc::clone(&reply),
-            expires,
-        });
-        self.end(settlement, Settle::Reply(Some(reply)), unsent)
+        let kept = is_kept.then_some(Kept { request, expires });
+        self.end(settlement, Settle::Reply(Some(reply)), kept)
     }
 
     /// Settles a request. Where it is not known at once how that ends, the transport is left to tell it; only a reply that may have
@@ -182,37 +200,37 @@ impl Service {
         self: &Arc<Self>,
         settlement: Box<dyn Settlement>,
         settle: Settle,
-        mut unsent: Option<Unsent>,
+        mut kept: Option<Kept>,
     ) -> Option<Unended> {
-        let mut told = None;
+        let mut under_way = None;
         let mut is_told = false;
-        let mut later = || {
+        let mut later = |settle: &Settle| {
             is_told = true;
-            if unsent.is_some() && self.outbox.is_durable() {
-                let (settled, waits) = Settled::to_waiter();
-                told = Some(waits);
+            let unsent = kept.take().and_then(|kept| kept.unsent(settle));
+            if let (Some(_), true) = (&unsent, self.outbox.is_durable()) {
+                let (settled, told) = Settled::to_waiter();
+                under_way = unsent.map(|unsent| Unended::UnderWay(told, unsent));
                 return settled;
             }
             let counted = self.settling.token();
-            Settled::to_service(UnderWay::new(Arc::downgrade(self), unsent.take(), counted))
+            Settled::to_service(UnderWay::new(Arc::downgrade(self), unsent, counted))
         };
         match settlement.settle(settle, Later::new(&mut later)) {
             Poll::Ready(Ok(())) => None,
-            Poll::Ready(Err(error)) => match unsent {
-                Some(unsent) => Some(Unended::Failed(error, unsent)),
-                None => {
-                    self.unsettled(&error);
-                    None
+            Poll::Ready(Err(Unsettled { error, settle })) => {
+                match kept.and_then(|kept| kept.unsent(&settle)) {
+                    Some(unsent) => Some(Unended::Failed(error, unsent)),
+                    None => {
+                        self.unsettled(&error);
+                        None
+                    }
                 }
-            },
+            }
             Poll::Pending if !is_told => {
                 self.unsettled(&never_told());
                 None
             }
-            Poll::Pending => {
-                let (told, unsent) = told.zip(unsent)?;
-                Some(Unended::UnderWay(told, unsent))
-            }
+            Poll::Pending => under_way,
         }
     }
 
@@ -387,7 +405,7 @@ impl Service {
             biased;
             ended = &mut *running => return Supervised::Ended(ended),
             () = sleep_until(*deadline) => Why::Deadline,
-            () = delivery.lease.cancelled() => Why::Deadline,
+            () = delivery.lease().cancelled() => Why::Deadline,
             () = given_up.cancelled() => Why::GivenUp,
             () = self.heartbeats(delivery) => Why::GivenUp,
             () = self.kill.cancelled() => {
@@ -526,6 +544,14 @@ enum Why {
 /// Polls a future that is polled again, if it is not ready: this poll wakes nobody.
 pub(super) fn poll_once<F: Future + Unpin>(future: &mut F) -> Poll<F::Output> {
     Pin::new(future).poll(&mut task::Context::from_waker(Waker::noop()))
+}
+
+/// A request that nobody else has. Counting first costs next to nothing, and `get_mut` takes a locked instruction even to refuse.
+fn own(request: &mut Arc<Request>) -> Option<&mut Request> {
+    match Arc::strong_count(request) {
+        1 => Arc::get_mut(request),
+        _ => None,
+    }
 }
 
 fn panic_message(panic: &(dyn Any + Send)) -> &str {

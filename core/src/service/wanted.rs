@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 use super::Service;
 use crate::envelope::{CorrelationId, Outcome};
 use crate::name::ReplyAddress;
-use crate::pending::Ended;
+use crate::pending::{Ended, Slot};
 use crate::signal::{Signal, Signals};
 use crate::transport::Delivery;
 
@@ -86,10 +86,12 @@ impl Service {
         let given_up = CancellationToken::new();
         let _entered = self.running.enter(&delivery.request.id, given_up.clone());
         let deadline = expires.min(now + patience);
-        let Ok(entered) = self.client.pending().enter(number, now, deadline, None) else {
+        let pending = self.client.pending();
+        let Ok(entered) = pending.enter(number, now, deadline, None) else {
             return Answer::Unheard;
         };
-        let (mut slot, address) = (entered.slot, entered.address);
+        let (place, address) = (entered.place, entered.address);
+        let mut slot = Slot { pending, place };
         let offer = Signal::Offer {
             node: self.node.clone(),
             to: address,
@@ -113,7 +115,7 @@ impl Service {
             answer = answer => answer,
             () = given_up.cancelled() => Answer::Leave,
             () = sleep_until(deadline) => Answer::Unheard,
-            () = delivery.lease.cancelled() => Answer::NotOurs,
+            () = delivery.lease().cancelled() => Answer::NotOurs,
             () = self.kill.cancelled() => Answer::NotOurs,
         }
     }

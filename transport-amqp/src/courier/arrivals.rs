@@ -169,12 +169,11 @@ impl Courier {
             let Some(decoded) = held.hand() else {
                 continue;
             };
-            let settlement = AmqpSettlement::new(key, self.command_sender.clone());
+            let settlement = AmqpSettlement::new(key, self.command_sender.clone(), decoded.lease);
             let mut delivery = Delivery::new(
                 decoded.request,
                 held.attempt,
                 decoded.expires,
-                decoded.lease,
                 Box::new(settlement),
             );
             delivery.waited = decoded.waited;

@@ -9,6 +9,7 @@ use antiphon_core::transport::{FlaggedToken, SubscribeMode};
 use antiphon_core::{Error, ErrorKind, ServiceName};
 use tokio::time::Instant;
 
+use super::last_inbox::LastInbox;
 use super::{Claim, Queued, Return, Taken};
 use crate::broker::DeadLetter;
 use crate::config::MemoryConfig;
@@ -29,6 +30,7 @@ pub(super) struct State {
     /// Sessions with free hands that wait for a request, the longest waiting first.
     pub(super) idle: VecDeque<Key>,
     pub(super) dead: VecDeque<DeadLetter>,
+    pub(super) last_inbox: LastInbox,
     /// The earliest end of a paused session's lease. Nobody sleeps for it but those that could take what it frees;
     /// everybody else looks when they come by.
     pub(super) lease_check: Option<Instant>,
@@ -51,6 +53,7 @@ impl State {
             sessions: Table::new(),
             idle: VecDeque::new(),
             dead: VecDeque::new(),
+            last_inbox: LastInbox::default(),
             lease_check: None,
         }
     }

@@ -19,7 +19,7 @@ use crate::server::{RunningServer, Server};
 use crate::signal::Signals;
 use crate::transport::{
     Capabilities, Delivery, FlaggedToken, Inbox, InboxEvent, Incoming, Later, Settle, Settled,
-    Settlement, SubscribeOptions, Subscription, SubscriptionEvent,
+    Settlement, SubscribeOptions, Subscription, SubscriptionEvent, Unsettled,
 };
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -159,9 +159,13 @@ impl Subscription for Taken {
 
 /// How each settlement of a request ends.
 #[derive(Debug)]
-struct Ends(Option<ErrorKind>);
+struct Ends(Option<ErrorKind>, FlaggedToken);
 
 impl Ends {
+    fn with(error: Option<ErrorKind>) -> Self {
+        Self(error, FlaggedToken::new())
+    }
+
     fn result(&self) -> Result<(), Error> {
         match self.0 {
             Some(kind) => Err(Error::maybe_executed(kind, "as it was told")),
@@ -171,8 +175,12 @@ impl Ends {
 }
 
 impl Settlement for Ends {
-    fn settle(self: Box<Self>, _: Settle, _: Later<'_>) -> Poll<Result<(), Error>> {
-        Poll::Ready(self.result())
+    fn settle(self: Box<Self>, settle: Settle, _: Later<'_>) -> Poll<Result<(), Unsettled>> {
+        Poll::Ready(self.result().map_err(|error| Unsettled::new(error, settle)))
+    }
+
+    fn lease(&self) -> &FlaggedToken {
+        &self.1
     }
 }
 
@@ -410,8 +418,8 @@ fn request(method: Option<&str>) -> Request {
 
 fn delivery(method: Option<&str>, ends: ErrorKind) -> Delivery {
     let expires = Some(Instant::now() + 60 * SECOND);
-    let settlement = Box::new(Ends(Some(ends)));
-    Delivery::new(request(method), 1, expires, FlaggedToken::new(), settlement)
+    let settlement = Box::new(Ends::with(Some(ends)));
+    Delivery::new(request(method), 1, expires, settlement)
 }
 
 #[tokio::test(start_paused = true)]
@@ -457,28 +465,28 @@ async fn what_could_not_be_kept_counts_once() {
 /// A request whose settlement ends when it may.
 fn held_up(ends: Option<ErrorKind>) -> (Delivery, oneshot::Sender<()>) {
     let (may, end) = oneshot::channel();
-    let settlement = Box::new(HeldUp(Mutex::new(end), Ends(ends)));
+    let settlement = Box::new(HeldUp(Mutex::new(end), Ends::with(ends)));
     let expires = Some(Instant::now() + 60 * SECOND);
-    let lease = FlaggedToken::new();
-    (
-        Delivery::new(request(None), 1, expires, lease, settlement),
-        may,
-    )
+    (Delivery::new(request(None), 1, expires, settlement), may)
 }
 
 #[derive(Debug)]
 struct HeldUp(Mutex<oneshot::Receiver<()>>, Ends);
 
 impl Settlement for HeldUp {
-    fn settle(self: Box<Self>, _: Settle, later: Later<'_>) -> Poll<Result<(), Error>> {
+    fn settle(self: Box<Self>, settle: Settle, later: Later<'_>) -> Poll<Result<(), Unsettled>> {
         let Self(end, ends) = *self;
         let end = end.into_inner().unwrap();
-        let settled = later.settled();
+        let settled = later.settled(&settle);
         tokio::spawn(async move {
             let _ = end.await;
             settled.tell(ends.result());
         });
         Poll::Pending
+    }
+
+    fn lease(&self) -> &FlaggedToken {
+        self.1.lease()
     }
 }
 
@@ -517,8 +525,7 @@ async fn who_waits_no_more_is_not_told_that_it_may_have_the_service() {
             ..request(Some("waits"))
         };
         let expires = Some(Instant::now() + 60 * SECOND);
-        let (lease, settlement) = (FlaggedToken::new(), Box::new(Ends(None)));
-        let held = Delivery::new(held, 1, expires, lease, settlement);
+        let held = Delivery::new(held, 1, expires, Box::new(Ends::with(None)));
         hearing.deliveries.send(held).unwrap();
         settle().await;
         let ask = Request {
@@ -535,12 +542,16 @@ async fn who_waits_no_more_is_not_told_that_it_may_have_the_service() {
 
 /// Leaves to the test how a settlement ends.
 #[derive(Debug)]
-struct Hands(mpsc::UnboundedSender<Settled>);
+struct Hands(mpsc::UnboundedSender<Settled>, FlaggedToken);
 
 impl Settlement for Hands {
-    fn settle(self: Box<Self>, _: Settle, later: Later<'_>) -> Poll<Result<(), Error>> {
-        self.0.send(later.settled()).unwrap();
+    fn settle(self: Box<Self>, settle: Settle, later: Later<'_>) -> Poll<Result<(), Unsettled>> {
+        self.0.send(later.settled(&settle)).unwrap();
         Poll::Pending
+    }
+
+    fn lease(&self) -> &FlaggedToken {
+        &self.1
     }
 }
 
@@ -549,9 +560,8 @@ fn handed(count: usize) -> (Vec<Delivery>, mpsc::UnboundedReceiver<Settled>) {
     let (hands, settled) = mpsc::unbounded_channel();
     let expires = Some(Instant::now() + 60 * SECOND);
     let deliver = |_| {
-        let settlement = Box::new(Hands(hands.clone()));
-        let lease = FlaggedToken::new();
-        Delivery::new(request(None), 1, expires, lease, settlement)
+        let settlement = Box::new(Hands(hands.clone(), FlaggedToken::new()));
+        Delivery::new(request(None), 1, expires, settlement)
     };
     ((0..count).map(deliver).collect(), settled)
 }
@@ -570,7 +580,7 @@ async fn under_way(hearing: &Hearing, count: usize) -> Vec<Settled> {
 }
 
 fn lost(kind: ErrorKind) -> Result<(), Error> {
-    Ends(Some(kind)).result()
+    Ends::with(Some(kind)).result()
 }
 
 #[tokio::test(start_paused = true)]

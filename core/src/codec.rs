@@ -1,5 +1,8 @@
 //! JSON bodies.
 
+mod escape;
+mod strings;
+
 use std::cell::Cell;
 use std::mem;
 
@@ -15,8 +18,12 @@ const SHORT: usize = 256;
 /// which is so large: whoever keeps one of them keeps no more than this.
 const SHARED_PLACE: usize = 1024;
 
-/// One up to this length is copied to a place of its own size. A longer one keeps the place where it grew.
-const COPIED_MAX: usize = 4096;
+/// One up to this length is copied to a place of its own size, and the place where it grew is kept for the next. A longer
+/// one keeps that place itself.
+///
+/// Copying costs less than a place that grows: when the closing quote no longer fits it doubles, and with bodies of 64 KiB
+/// the allocator asks the system for such places, and gives them back, all the time.
+const COPIED_MAX: usize = 256 * 1024;
 
 /// Where the bodies of a thread grow, and what is left of the place of short ones.
 #[derive(Default)]
@@ -35,7 +42,9 @@ pub(crate) fn encode(value: &(impl Serialize + ?Sized)) -> Result<Bytes, Error> 
     let kept = SCRATCH.try_with(Cell::take).ok().flatten();
     let mut scratch = kept.unwrap_or_default();
     scratch.growing.clear();
-    serde_json::to_writer(&mut scratch.growing, value).map_err(|error| {
+    let (growing, written) = strings::write(mem::take(&mut scratch.growing), value);
+    scratch.growing = growing;
+    written.map_err(|error| {
         Error::not_executed(
             ErrorKind::Invalid,
             format!("the value has no JSON form: {error}"),

@@ -158,9 +158,11 @@ where
 /// The body is gone when the handler starts, so that a large one is not held for as long as that runs.
 #[cfg(feature = "json")]
 fn json_input<In: serde::de::DeserializeOwned>(body: Bytes) -> Result<In, Failure> {
-    crate::codec::decode(&body).map_err(|error| {
+    let input = crate::codec::decode(&body).map_err(|error| {
         Failure::Undecodable(format!("the body is not of the expected type: {error}"))
-    })
+    });
+    crate::codec::leave(body);
+    input
 }
 
 #[cfg(feature = "json")]

@@ -208,3 +208,39 @@ impl<H: RawHandler<Args>, Args: 'static> AnyHandler for Raw<H, Args> {
         Box::pin(async move { self.0.handle(body, about).await })
     }
 }
+
+#[cfg(all(test, feature = "json"))]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use futures_util::FutureExt;
+
+    use super::*;
+
+    /// A body that says when it is gone.
+    struct Body(Arc<AtomicBool>);
+
+    impl AsRef<[u8]> for Body {
+        fn as_ref(&self) -> &[u8] {
+            b"7"
+        }
+    }
+
+    impl Drop for Body {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+
+    #[test]
+    fn the_body_is_gone_when_a_typed_handler_starts() {
+        let gone = Arc::<AtomicBool>::default();
+        let body = Bytes::from_owner(Body(Arc::clone(&gone)));
+        let handler = move |_: u32| {
+            let gone = gone.load(Ordering::Relaxed);
+            async move { Ok::<_, Fault>(gone) }
+        };
+        let handled = handler.handle(body, ()).now_or_never();
+        assert_eq!(handled.unwrap().unwrap().body, "true");
+    }
+}

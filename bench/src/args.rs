@@ -159,6 +159,9 @@ pub(crate) struct HotPath {
     /// Of each caller
     #[arg(long)]
     pub(crate) calls: usize,
+    /// Of a body, in bytes
+    #[arg(long, default_value_t = 64)]
+    pub(crate) size: usize,
     /// Of ours: what is asked for besides
     #[arg(long, default_value_t)]
     pub(crate) extra: Extra,

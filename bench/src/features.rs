@@ -11,7 +11,8 @@ use crate::contenders::{Contender, Extra, Group};
 use crate::load::{Arrivals, Figures};
 use crate::pair::{Pair, unique_service};
 use crate::report::{self, median};
-use crate::{idle, instructions, roles};
+use crate::roles::{self, Often};
+use crate::{idle, instructions};
 
 const SIZE: usize = 64;
 
@@ -127,7 +128,12 @@ async fn commands(role: &Role, url: &str) -> Result<f64, Failure> {
     let mut counts = [0.0; 2];
     for (calls, count) in CALLS.into_iter().zip(&mut counts) {
         let before = idle::commands(url).await?;
-        roles::call_often(role, 1, calls).await?;
+        let often = Often {
+            concurrency: 1,
+            calls,
+            size: 64,
+        };
+        roles::call_often(role, often).await?;
         *count = idle::commands(url).await? - before;
     }
     let [few, many] = counts;

@@ -112,13 +112,14 @@ pub(crate) async fn measure(caller: impl Caller, point: &Point) -> Result<Figure
     figures(&latencies, spent, lasted)
 }
 
-/// Calls, as many by each caller.
+/// Calls, as many by each caller, with bodies of so many bytes.
 pub(crate) async fn call_often(
     caller: impl Caller,
     concurrency: usize,
     calls: usize,
+    size: usize,
 ) -> Result<(), Failure> {
-    let body = Bytes::from_static(&[b'x'; 64]);
+    let body = Bytes::from(vec![b'x'; size]);
     let mut callers = JoinSet::new();
     for _ in 0..concurrency {
         let (caller, body) = (caller.clone(), body.clone());

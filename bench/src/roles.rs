@@ -53,32 +53,36 @@ pub(crate) async fn hot_path(hot_path: &HotPath) -> Result<(), Failure> {
         extra: hot_path.extra,
         ..Role::plain(hot_path.contender, String::new(), service, 1, 256)
     };
-    let called = call_often(&role, hot_path.concurrency, hot_path.calls).await;
+    let often = Often {
+        concurrency: hot_path.concurrency,
+        calls: hot_path.calls,
+        size: hot_path.size,
+    };
+    let called = call_often(&role, often).await;
     // Mostly there is none.
     let _ = std::fs::remove_file(Extra::outbox(&role.service));
     called
 }
 
-/// Makes so many calls, each of so many callers, and nothing else.
-pub(crate) async fn call_often(
-    role: &Role,
-    concurrency: usize,
-    calls: usize,
-) -> Result<(), Failure> {
-    let often = Often { concurrency, calls };
+/// Makes these calls, and nothing else.
+pub(crate) async fn call_often(role: &Role, often: Often) -> Result<(), Failure> {
     role.contender.call(&role.place(), often).await
 }
 
-struct Often {
-    concurrency: usize,
-    calls: usize,
+/// Calls to make.
+pub(crate) struct Often {
+    pub(crate) concurrency: usize,
+    /// Of each caller.
+    pub(crate) calls: usize,
+    /// Of a body, in bytes.
+    pub(crate) size: usize,
 }
 
 impl Measure for Often {
     type Output = ();
 
     async fn with(self, caller: impl Caller) -> Result<(), Failure> {
-        load::call_often(caller, self.concurrency, self.calls).await
+        load::call_often(caller, self.concurrency, self.calls, self.size).await
     }
 }
 

@@ -446,13 +446,12 @@ impl<Out: serde::de::DeserializeOwned> Call<Out> {
         service: Result<ServiceName, Error>,
         input: &(impl serde::Serialize + ?Sized),
     ) -> Self {
-        let read = |reply: Arc<Reply>| crate::codec::read(&reply.body);
         Self::new(
             client,
             service,
             crate::codec::encode(input),
             Some(ContentType::JSON),
-            Finish::Reply(read),
+            Finish::Reply(crate::codec::take_reply),
         )
     }
 }

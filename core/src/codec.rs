@@ -2,11 +2,13 @@
 
 use std::cell::Cell;
 use std::mem;
+use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::envelope::Reply;
 use crate::error::{Error, ErrorKind};
 
 /// A body up to this length shares its place with others,
@@ -15,14 +17,22 @@ const SHORT: usize = 256;
 /// which is so large: whoever keeps one of them keeps no more than this.
 const SHARED_PLACE: usize = 1024;
 
-/// One up to this length is copied to a place of its own size. A longer one keeps the place where it grew.
-const COPIED_MAX: usize = 4096;
+/// One up to this length is copied to a place of its own size, and the place where it grew is kept for the next. A longer
+/// one keeps that place itself.
+///
+/// Copying costs less than a place that grows: when the closing quote no longer fits it doubles, and with bodies of 64 KiB
+/// the allocator asks the system for such places, and gives them back, all the time.
+const COPIED_MAX: usize = 256 * 1024;
 
-/// Where the bodies of a thread grow, and what is left of the place of short ones.
+/// A body from this length on leaves its place to the next one.
+const LONG: usize = 4096;
+
+/// Where the bodies of a thread grow, what is left of the place of short ones, and the place that a long one has left.
 #[derive(Default)]
 struct Scratch {
     growing: Vec<u8>,
     shared: BytesMut,
+    left: Vec<u8>,
 }
 
 thread_local! {
@@ -31,9 +41,7 @@ thread_local! {
 }
 
 pub(crate) fn encode(value: &(impl Serialize + ?Sized)) -> Result<Bytes, Error> {
-    // There is none while the thread ends.
-    let kept = SCRATCH.try_with(Cell::take).ok().flatten();
-    let mut scratch = kept.unwrap_or_default();
+    let mut scratch = Scratch::take();
     scratch.growing.clear();
     serde_json::to_writer(&mut scratch.growing, value).map_err(|error| {
         Error::not_executed(
@@ -43,16 +51,30 @@ pub(crate) fn encode(value: &(impl Serialize + ?Sized)) -> Result<Bytes, Error> 
         .with_source(error)
     })?;
     let body = scratch.cut();
-    let _ = SCRATCH.try_with(|place| place.set(Some(scratch)));
+    scratch.put_back();
     Ok(body)
 }
 
 impl Scratch {
+    fn take() -> Box<Self> {
+        // There is none while the thread ends.
+        let kept = SCRATCH.try_with(Cell::take).ok().flatten();
+        kept.unwrap_or_default()
+    }
+
+    fn put_back(self: Box<Self>) {
+        let _ = SCRATCH.try_with(|place| place.set(Some(self)));
+    }
+
     /// What has grown, as a body.
     fn cut(&mut self) -> Bytes {
         let length = self.growing.len();
         if length > COPIED_MAX {
             return mem::take(&mut self.growing).into();
+        }
+        if length >= LONG && (length..=2 * length).contains(&self.left.capacity()) {
+            self.left.extend_from_slice(&self.growing);
+            return mem::take(&mut self.left).into();
         }
         if length > SHORT {
             return Bytes::copy_from_slice(&self.growing);
@@ -76,6 +98,33 @@ pub(crate) fn read<T: DeserializeOwned>(body: &[u8]) -> Result<T, Error> {
         crate::client::bad_reply(&format!("the reply is not of the expected type: {error}"))
             .with_source(error)
     })
+}
+
+/// The same of a reply that nobody needs any more.
+pub(crate) fn take_reply<T: DeserializeOwned>(mut reply: Arc<Reply>) -> Result<T, Error> {
+    let value = read(&reply.body);
+    if let Some(reply) = Arc::get_mut(&mut reply) {
+        leave(mem::take(&mut reply.body));
+    }
+    value
+}
+
+/// Takes a body that was decoded: if it is long, and nobody else has it, the next one can have its place. Most that are
+/// decoded are soon followed by one that is encoded, and of about the same length: the reply, or the next call.
+pub(crate) fn leave(body: Bytes) {
+    if !(LONG..=COPIED_MAX).contains(&body.len()) {
+        return;
+    }
+    if let Ok(mut place) = body.try_into_mut() {
+        place.clear();
+        let left = Vec::from(place);
+        // It may have been part of more.
+        if left.capacity() <= COPIED_MAX {
+            let mut scratch = Scratch::take();
+            scratch.left = left;
+            scratch.put_back();
+        }
+    }
 }
 
 #[cfg(test)]
@@ -107,5 +156,34 @@ mod tests {
         let no_text = std::collections::BTreeMap::from([((1, 2), 3)]);
         assert_eq!(encode(&no_text).unwrap_err().kind(), ErrorKind::Invalid);
         assert_eq!(encode(&1).unwrap(), "1");
+    }
+
+    #[test]
+    fn a_long_body_leaves_its_place_to_one_of_its_length_if_nobody_else_has_it() {
+        let long = "z".repeat(2 * LONG);
+        let body = encode(&long).unwrap();
+        let place = body.as_ptr();
+        let share = body.clone();
+        leave(body);
+        let other = encode(&long.to_uppercase()).unwrap();
+        assert_eq!(share, format!("\"{long}\""));
+        leave(share);
+        let short = encode(&"y".repeat(LONG / 2)).unwrap();
+        let next = encode(&"x".repeat(2 * LONG)).unwrap();
+        assert_eq!(next.as_ptr(), place);
+        assert_eq!(next, format!("\"{}\"", "x".repeat(2 * LONG)));
+        let after = encode(&long).unwrap();
+        assert_eq!(after, format!("\"{long}\""));
+        let places = [&other, &short, &after].map(|body| body.as_ptr());
+        assert!(!places.contains(&place));
+    }
+
+    /// Else a short value would hold it for as long as the thread lives.
+    #[test]
+    fn part_of_a_large_place_is_not_kept() {
+        let mut large = BytesMut::with_capacity(2 * COPIED_MAX);
+        large.resize(2 * LONG, b'x');
+        leave(large.freeze());
+        assert_eq!(Scratch::take().left.capacity(), 0);
     }
 }

@@ -111,7 +111,7 @@ where
         body: Bytes,
         (): (),
     ) -> impl Future<Output = Result<Response, Failure>> + Send + 'static {
-        let running = json_input(&body).map(self);
+        let running = json_input(body).map(self);
         async move { json_response(&running?.await?) }
     }
 }
@@ -131,7 +131,7 @@ where
         body: Bytes,
         context: Context,
     ) -> impl Future<Output = Result<Response, Failure>> + Send + 'static {
-        let running = json_input(&body).map(|input| self(input, context));
+        let running = json_input(body).map(|input| self(input, context));
         async move { json_response(&running?.await?) }
     }
 }
@@ -172,11 +172,14 @@ where
     }
 }
 
+/// The body is gone when the handler starts, so that a large one is not held for as long as that runs.
 #[cfg(feature = "json")]
-fn json_input<In: serde::de::DeserializeOwned>(body: &[u8]) -> Result<In, Failure> {
-    crate::codec::decode(body).map_err(|error| {
+fn json_input<In: serde::de::DeserializeOwned>(body: Bytes) -> Result<In, Failure> {
+    let input = crate::codec::decode(&body).map_err(|error| {
         Failure::Undecodable(format!("the body is not of the expected type: {error}"))
-    })
+    });
+    crate::codec::leave(body);
+    input
 }
 
 #[cfg(feature = "json")]
@@ -218,5 +221,42 @@ pub(crate) struct Raw<H, Args>(pub(crate) H, pub(crate) PhantomData<fn(Args)>);
 impl<H: RawHandler<Args>, Args: 'static> AnyHandler for Raw<H, Args> {
     fn handle(&self, body: Bytes, context: &mut dyn FnMut() -> Context) -> Handling {
         Box::pin(self.0.handle(body, H::About::from_context(context)))
+    }
+}
+
+#[cfg(all(test, feature = "json"))]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use futures_util::FutureExt;
+
+    use super::*;
+
+    /// A body that says when it is gone.
+    struct Body(Arc<AtomicBool>);
+
+    impl AsRef<[u8]> for Body {
+        fn as_ref(&self) -> &[u8] {
+            b"7"
+        }
+    }
+
+    impl Drop for Body {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+
+    #[test]
+    fn the_body_is_gone_when_a_typed_handler_starts() {
+        let gone = Arc::<AtomicBool>::default();
+        let body = Bytes::from_owner(Body(Arc::clone(&gone)));
+        let handler = move |_: u32| {
+            let gone = gone.load(Ordering::Relaxed);
+            async move { Ok::<_, Fault>(gone) }
+        };
+        let handled = handler.handle(body, ()).now_or_never();
+        assert_eq!(handled.unwrap().unwrap().body, "true");
     }
 }

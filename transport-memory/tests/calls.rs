@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use antiphon_core::{Client, ClientConfig, ErrorKind, Executed, Server, Transport};
+use antiphon_core::{Client, ClientConfig, Code, ErrorKind, Executed, Server, Transport};
 use antiphon_memory::{MemoryBroker, MemoryConfig};
 use bytes::Bytes;
 use tokio::task::coop;
@@ -132,4 +132,24 @@ async fn a_call_without_a_turn_ends_with_its_client() {
         (error.kind(), error.executed()),
         (ErrorKind::Closed, Executed::No)
     );
+}
+
+/// A panic outside of the future is the handler's fault all the same, and the service lives on.
+#[tokio::test]
+async fn a_handler_may_panic_before_it_gives_a_future() {
+    let transport: Arc<dyn Transport> = Arc::new(MemoryBroker::new().connect());
+    let client = client(&transport).await;
+    let handler = |body: Bytes| {
+        assert!(body != "panic", "as it was told");
+        async move { Ok(body) }
+    };
+    let server = Server::new(Arc::clone(&transport)).handle_raw("s", handler);
+    let running = server.start().await.unwrap();
+    let error = client.call_raw("s", "panic").await.unwrap_err();
+    assert_eq!(error.executed(), Executed::Yes);
+    assert_eq!(error.fault().unwrap().code(), Code::Internal);
+    assert!(error.message().contains("as it was told"), "{error}");
+    assert_eq!(*client.call_raw("s", "echo").await.unwrap().body, *b"echo");
+    assert_eq!(running.stats().handled, 2);
+    running.shutdown().await.unwrap();
 }

@@ -11,6 +11,7 @@ use async_trait::async_trait;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+pub use crate::done::{Done, Told};
 use crate::envelope::{CorrelationId, Reply, Request};
 use crate::error::Error;
 pub use crate::flagged_token::FlaggedToken;

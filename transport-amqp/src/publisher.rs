@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
+use antiphon_core::transport::Done;
 use antiphon_core::{Error, ErrorKind, Executed, Reply, ReplyAddress, Request};
 use lapin::types::ShortString;
 use tokio::sync::{mpsc, watch};
@@ -13,7 +14,6 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::absent::Absent;
-use crate::done::Done;
 use crate::error::{ACCESS_REFUSED, closed};
 use crate::link::{Link, Opening, open_publishing, opened};
 use crate::message;

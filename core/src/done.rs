@@ -51,9 +51,9 @@ impl Done {
     }
 
     fn of_future(ticket: Option<Ticket>) -> (Self, Told) {
-        let (sender, told) = oneshot::channel();
+        let (sender, told) = Told::channel();
         let future = Some(sender);
-        (Self { ticket, future }, Told(told))
+        (Self { ticket, future }, told)
     }
 
     /// True if the message may be written now, and counts as sent from now on: [`Ticket::commit`], and always for a reply.
@@ -123,6 +123,14 @@ impl Drop for Done {
     }
 }
 
+impl Told {
+    /// What is told to one end is waited for at the other.
+    pub(crate) fn channel() -> (oneshot::Sender<Result<(), Error>>, Self) {
+        let (sender, told) = oneshot::channel();
+        (sender, Self(told))
+    }
+}
+
 impl Future for Told {
     type Output = Result<(), Error>;
 
@@ -133,7 +141,7 @@ impl Future for Told {
 }
 
 /// What is told by whoever is dropped untold.
-fn closed(executed: Executed) -> Error {
+pub(crate) fn closed(executed: Executed) -> Error {
     let message = "the transport was closed before the broker's word";
     Error::new(ErrorKind::Closed, executed, message)
 }

@@ -4,7 +4,8 @@ use std::fmt;
 
 use tokio::sync::oneshot;
 
-use crate::error::{Error, ErrorKind};
+use crate::done::{Told, closed};
+use crate::error::{Error, ErrorKind, Executed};
 use crate::service::UnderWay;
 
 /// Whom a transport tells how a settlement ended, for one that cannot be known at once: it has made this by [`Later`], and keeps it
@@ -23,9 +24,6 @@ enum Whom {
 /// Makes a [`Settled`], for a settlement whose end cannot be known at once. Not to be asked costs nothing.
 pub struct Later<'a>(&'a mut dyn FnMut() -> Settled);
 
-/// Waits for the end of a settlement.
-pub(crate) struct Told(oneshot::Receiver<Result<(), Error>>);
-
 impl Settled {
     /// Tells a service.
     pub(crate) fn to_service(settlement: UnderWay) -> Self {
@@ -34,8 +32,8 @@ impl Settled {
 
     /// Tells somebody who waits for it.
     pub(crate) fn to_waiter() -> (Self, Told) {
-        let (waiter, told) = oneshot::channel();
-        (Self(Some(Whom::Waiter(waiter))), Told(told))
+        let (waiter, told) = Told::channel();
+        (Self(Some(Whom::Waiter(waiter))), told)
     }
 
     /// Tells how it ended: an error as of [`Delivery::reply`](crate::transport::Delivery::reply).
@@ -59,7 +57,7 @@ impl Settled {
 impl Drop for Settled {
     fn drop(&mut self) {
         if self.0.is_some() {
-            self.say(Err(untold()));
+            self.say(Err(closed(Executed::Maybe)));
         }
     }
 }
@@ -87,19 +85,8 @@ impl fmt::Debug for Later<'_> {
     }
 }
 
-impl Told {
-    pub(crate) async fn ended(self) -> Result<(), Error> {
-        self.0.await.unwrap_or_else(|_| Err(untold()))
-    }
-}
-
 /// Of a transport that waits for the broker's word, and has nobody to tell.
 pub(crate) fn never_told() -> Error {
     let message = "the transport keeps to itself how settling ended";
     Error::maybe_executed(ErrorKind::Broker, message)
-}
-
-fn untold() -> Error {
-    let message = "the transport was closed before the broker's word";
-    Error::maybe_executed(ErrorKind::Closed, message)
 }

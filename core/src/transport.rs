@@ -432,7 +432,7 @@ impl Delivery {
             settled
         };
         match (self.settlement.settle(settle, Later::new(&mut later)), told) {
-            (Poll::Pending, Some(told)) => told.ended().await,
+            (Poll::Pending, Some(told)) => told.await,
             (Poll::Pending, None) => Err(never_told()),
             (Poll::Ready(settled), _) => settled,
         }

@@ -98,28 +98,38 @@ impl Done {
     /// It waits for nothing, needs no runtime, and may be called by any thread, but not under a lock that the transport takes when it is used.
     pub fn tell(mut self, result: Result<(), Error>) {
         let ticket = self.ticket.take();
-        match (self.future.take(), ticket, result) {
+        match (self.future.take(), result) {
             // Nobody waits for a send whose future was dropped.
-            (Some(future), _, result) => drop(future.send(result)),
-            (None, Some(ticket), Err(error)) => ticket.fail(error),
-            (None, _, _) => {}
+            (Some(future), result) => drop(future.send(result)),
+            (None, Err(error)) => fail(ticket, error),
+            (None, Ok(())) => {}
+        }
+    }
+
+    /// Not with what drops every message: there is hardly ever anything to tell.
+    #[cold]
+    fn tell_closed(&mut self) {
+        let ticket = self.ticket.take();
+        let executed = ticket.as_ref().map_or(Executed::Maybe, Ticket::executed);
+        let error = closed(executed);
+        match self.future.take() {
+            Some(future) => drop(future.send(Err(error))),
+            None => fail(ticket, error),
         }
     }
 }
 
 impl Drop for Done {
     fn drop(&mut self) {
-        let (ticket, future) = (self.ticket.take(), self.future.take());
-        if ticket.is_none() && future.is_none() {
-            return;
+        if self.ticket.is_some() || self.future.is_some() {
+            self.tell_closed();
         }
-        let executed = ticket.as_ref().map_or(Executed::Maybe, Ticket::executed);
-        let error = closed(executed);
-        match (future, ticket) {
-            (Some(future), _) => drop(future.send(Err(error))),
-            (None, Some(ticket)) => ticket.fail(error),
-            (None, None) => {}
-        }
+    }
+}
+
+fn fail(ticket: Option<Ticket>, error: Error) {
+    if let Some(ticket) = ticket {
+        ticket.fail(error);
     }
 }
 

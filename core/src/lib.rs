@@ -10,6 +10,7 @@ mod codec;
 mod config;
 mod context;
 mod control;
+mod done;
 mod envelope;
 mod error;
 mod exchange;

@@ -4,7 +4,8 @@ use std::fmt;
 
 use tokio::sync::oneshot;
 
-use crate::error::{Error, ErrorKind};
+use crate::done::{Told, closed};
+use crate::error::{Error, ErrorKind, Executed};
 use crate::service::UnderWay;
 use crate::transport::Settle;
 
@@ -42,9 +43,6 @@ impl Unsettled {
     }
 }
 
-/// Waits for the end of a settlement.
-pub(crate) struct Told(oneshot::Receiver<Result<(), Error>>);
-
 impl Settled {
     /// Tells a service.
     pub(crate) fn to_service(settlement: UnderWay) -> Self {
@@ -53,8 +51,8 @@ impl Settled {
 
     /// Tells somebody who waits for it.
     pub(crate) fn to_waiter() -> (Self, Told) {
-        let (waiter, told) = oneshot::channel();
-        (Self(Some(Whom::Waiter(waiter))), Told(told))
+        let (waiter, told) = Told::channel();
+        (Self(Some(Whom::Waiter(waiter))), told)
     }
 
     /// Tells how it ended: an error as of [`Delivery::reply`](crate::transport::Delivery::reply).
@@ -78,7 +76,7 @@ impl Settled {
 impl Drop for Settled {
     fn drop(&mut self) {
         if self.0.is_some() {
-            self.say(Err(untold()));
+            self.say(Err(closed(Executed::Maybe)));
         }
     }
 }
@@ -106,19 +104,8 @@ impl fmt::Debug for Later<'_> {
     }
 }
 
-impl Told {
-    pub(crate) async fn ended(self) -> Result<(), Error> {
-        self.0.await.unwrap_or_else(|_| Err(untold()))
-    }
-}
-
 /// Of a transport that waits for the broker's word, and has nobody to tell.
 pub(crate) fn never_told() -> Error {
     let message = "the transport keeps to itself how settling ended";
     Error::maybe_executed(ErrorKind::Broker, message)
-}
-
-fn untold() -> Error {
-    let message = "the transport was closed before the broker's word";
-    Error::maybe_executed(ErrorKind::Closed, message)
 }

@@ -11,6 +11,7 @@ use async_trait::async_trait;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+pub use crate::done::{Done, Told};
 use crate::envelope::{CorrelationId, Reply, Request};
 use crate::error::Error;
 pub use crate::flagged_token::FlaggedToken;
@@ -433,7 +434,7 @@ impl Delivery {
             settled
         };
         match (self.settlement.settle(settle, Later::new(&mut later)), told) {
-            (Poll::Pending, Some(told)) => told.ended().await,
+            (Poll::Pending, Some(told)) => told.await,
             (Poll::Pending, None) => Err(never_told()),
             (Poll::Ready(settled), _) => settled.map_err(|unsettled| unsettled.error),
         }

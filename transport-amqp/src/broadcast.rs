@@ -1,11 +1,10 @@
 //! What is said to every server of a service at once.
 
+use antiphon_core::transport::Done;
 use antiphon_core::{Error, ErrorKind, Request, ServiceName, Ticket};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout_at};
 
-use crate::done::Done;
-use crate::error::closed;
 use crate::naming::{self, TO_ALL};
 use crate::prober::Prober;
 use crate::publisher::{Job, OutgoingRequest, What};
@@ -30,7 +29,7 @@ pub(crate) async fn broadcast(
         .deadline
         .and_then(|deadline| Instant::now().checked_add(deadline.budget));
     let ticket = WithdrawOnDrop(Ticket::new());
-    let (done, outcome) = Done::of_request(ticket.0.clone());
+    let (done, published) = Done::of_request(ticket.0.clone());
     let job = Job {
         what: What::Request(Box::new(OutgoingRequest {
             exchange: TO_ALL.into(),
@@ -46,9 +45,8 @@ pub(crate) async fn broadcast(
         })),
         done,
     };
-    // If it fails, the job is dropped, and the outcome is that the transport is closed.
+    // If it fails, the job is dropped, and says that the transport is closed.
     let _ = jobs.send(job);
-    let published = async { outcome.await.unwrap_or_else(|_| Err(closed())) };
     // Each server has one consumer on the service's queue. Asked at the same time, on the other connection.
     let counted = async {
         match is_counted {

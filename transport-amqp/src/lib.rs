@@ -7,7 +7,6 @@ mod broadcast;
 mod config;
 mod courier;
 mod dial;
-mod done;
 mod error;
 mod handshake;
 #[cfg(feature = "conformance")]

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
+use antiphon_core::transport::Done;
 use antiphon_core::{Error, ErrorKind, Executed, Reply, ReplyAddress, Request};
 use lapin::types::ShortString;
 use tokio::sync::{mpsc, watch};
@@ -13,7 +14,6 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::absent::Absent;
-use crate::done::Done;
 use crate::error::{ACCESS_REFUSED, closed};
 use crate::link::{Link, Opening, open_publishing, opened};
 use crate::message;
@@ -64,13 +64,22 @@ pub(crate) struct OutgoingRequest {
     /// Kept on disk where its queue is.
     pub(crate) persistent: bool,
     pub(crate) expect_responder: bool,
-    /// It was sent, and there was no queue for it, or the broker did not take it.
+    /// It counted as sent, and is with nobody all the same: its channel was closed, there was no queue for it, or the broker did not
+    /// take it.
     pub(crate) came_back: bool,
     /// How often the broker did not take it.
     pub(crate) refusals: u8,
 }
 
 impl OutgoingRequest {
+    /// It is with nobody: its caller may give it up, knowing that it was not executed.
+    fn come_back(&mut self, done: &Done) {
+        if self.refusals == 0 {
+            done.reopen();
+        }
+        self.came_back = true;
+    }
+
     /// If somebody may have executed it, though it is with nobody now: a broker that did not take it may have all the same.
     fn executed(&self) -> Executed {
         match self.refusals {
@@ -228,16 +237,17 @@ impl Publisher {
                 continue;
             };
             if let Err(unsent) = outlet.publish(message, prompt, job) {
-                // Nothing of it was sent, so its caller may give it up, and know that.
-                if let What::Request(request) = &unsent.what
-                    && request.refusals == 0
-                {
-                    unsent.done.reopen();
-                }
-                self.queue.push_front(unsent);
-                return;
+                return self.wait_again(unsent);
             }
         }
+    }
+
+    /// Keeps what no channel took, for the next one.
+    fn wait_again(&mut self, mut unsent: Job) {
+        if let What::Request(request) = &mut unsent.what {
+            request.come_back(&unsent.done);
+        }
+        self.queue.push_front(unsent);
     }
 
     fn decide(&mut self, mut job: Job, fate: Fate) {
@@ -247,11 +257,7 @@ impl Publisher {
                 Err(no_responder(&request.queue).with_executed(request.executed()))
             }
             (What::Request(request), Fate::Returned) => {
-                // It is with nobody: its caller may give it up, knowing that it was not executed.
-                if request.refusals == 0 {
-                    job.done.reopen();
-                }
-                request.came_back = true;
+                request.come_back(&job.done);
                 let queue = request.queue.clone();
                 self.absent.forget(&queue);
                 return self.absent.park(&queue, job);
@@ -334,7 +340,7 @@ impl Publisher {
     }
 
     fn purge(&mut self) {
-        self.queue.retain(|job| !job.is_withdrawn());
+        self.queue.retain(|job| !job.is_abandoned());
     }
 
     fn next_wake(&self, sweep: Option<Instant>, flowing: bool) -> Option<Instant> {
@@ -441,15 +447,11 @@ impl Job {
         }
     }
 
-    fn is_withdrawn(&self) -> bool {
-        self.done.is_withdrawn()
-    }
-
-    /// True if nobody waits for it any more. Who dropped its future before it came back could not withdraw it.
+    /// True if nobody waits for it any more. Who gave it up before it came back could not withdraw it.
     pub(crate) fn is_abandoned(&self) -> bool {
         match &self.what {
             What::Request(request) => {
-                self.is_withdrawn() || (request.came_back && self.done.is_abandoned())
+                self.done.is_withdrawn() || (request.came_back && self.done.is_abandoned())
             }
             What::Reply { .. } => false,
         }
@@ -487,7 +489,60 @@ async fn prompt(outlet: &mut Option<Outlet<Job>>) {
 
 #[cfg(test)]
 mod tests {
+    use antiphon_core::transport::Told;
+    use antiphon_core::{Deadline, Ticket};
+
     use super::*;
+    use crate::link::LinkState;
+
+    fn down<S>() -> Link<S> {
+        Link {
+            state: watch::channel(LinkState::Down("no broker".into())).1,
+            blocked: watch::channel(None).1,
+        }
+    }
+
+    fn publisher() -> Publisher {
+        let (_, gate) = watch::channel(true);
+        let (_, jobs) = mpsc::unbounded_channel();
+        let prober = Arc::new(Prober::new(down()));
+        Publisher::new(down(), gate, jobs, prober, CancellationToken::new())
+    }
+
+    fn request(ticket: &Ticket) -> (Job, Told) {
+        let (done, told) = Done::of_request(ticket.clone());
+        let what = What::Request(Box::new(OutgoingRequest {
+            exchange: ShortString::default(),
+            queue: "service".into(),
+            request: Request::new(Deadline::after(Duration::from_secs(60)), "body").into(),
+            deadline: None,
+            persistent: false,
+            expect_responder: false,
+            came_back: false,
+            refusals: 0,
+        }));
+        (Job { what, done }, told)
+    }
+
+    /// It counts as sent when its channel closes, for microseconds: who gives it up then cannot withdraw it.
+    #[test]
+    fn what_was_given_up_while_its_channel_closed_is_not_sent_by_the_next() {
+        let mut publisher = publisher();
+        let (kept, given_up) = (Ticket::new(), Ticket::new());
+        let ((job, _told), (other, gone)) = (request(&kept), request(&given_up));
+        assert!(job.encode().is_some() && other.encode().is_some());
+        assert!(!given_up.withdraw());
+        drop(gone);
+        for job in [job, other] {
+            publisher.wait_again(job);
+        }
+        assert!(publisher.queue[0].is_abandoned() && !publisher.queue[1].is_abandoned());
+        publisher.purge();
+        assert_eq!(publisher.queue.len(), 1);
+        assert!(kept.withdraw(), "nothing of it was sent");
+        publisher.purge();
+        assert!(publisher.queue.is_empty());
+    }
 
     #[test]
     fn only_a_missing_right_is_called_one() {

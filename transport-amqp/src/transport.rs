@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use antiphon_core::transport::{
-    Capabilities, Inbox, Outbound, SubscribeMode, SubscribeOptions, Subscription, Transport,
+    Capabilities, Done, Inbox, Outbound, SubscribeMode, SubscribeOptions, Subscription, Transport,
 };
 use antiphon_core::{
     ConnectionState, CorrelationId, Error, ErrorKind, Request, ServiceName, Ticket,
@@ -23,7 +23,6 @@ use crate::broadcast::broadcast;
 use crate::config::AmqpConfig;
 use crate::courier::{Courier, Route};
 use crate::dial::Dialler;
-use crate::done::Done;
 use crate::error::{Failure, closed};
 use crate::inbox::AmqpInbox;
 use crate::intake::{Intake, Plan};
@@ -174,7 +173,7 @@ impl AmqpTransport {
             // Who dropped the call needs no answer, and after the deadline the publisher says what there is to say.
             let answer = tokio::select! {
                 answer = prober.expect_consumer(&queue) => answer,
-                () = job.done.closed() => return,
+                () = job.done.future_dropped() => return,
                 () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => Ok(()),
             };
             match answer {
@@ -194,8 +193,9 @@ impl AmqpTransport {
     }
 
     fn submit(&self, job: Job) {
-        // If it fails, the job is dropped, and its sender learns that the transport is closed.
-        let _ = self.jobs.send(job);
+        if let Err(mpsc::error::SendError(job)) = self.jobs.send(job) {
+            job.done.tell(Err(closed()));
+        }
     }
 
     fn broadcasts(&self) -> &mpsc::UnboundedSender<Job> {
@@ -226,12 +226,12 @@ impl Transport for AmqpTransport {
 
     async fn send(&self, message: Outbound) -> Result<(), Error> {
         self.check_open()?;
-        let outcome = match message {
+        let told = match message {
             Outbound::Reply { to, reply } => {
-                let (done, outcome) = Done::of_reply();
+                let (done, told) = Done::of_reply();
                 let what = What::Reply { to, reply };
                 self.submit(Job { what, done });
-                outcome
+                told
             }
             Outbound::Request {
                 service,
@@ -243,16 +243,16 @@ impl Transport for AmqpTransport {
                 let deadline = request
                     .deadline
                     .and_then(|deadline| Instant::now().checked_add(deadline.budget));
-                let (done, outcome) = Done::of_request(ticket);
+                let (done, told) = Done::of_request(ticket);
                 let job = self.job(queue.clone(), request, expect_responder, deadline, done);
                 match expect_responder {
                     true => self.probe(queue, job),
                     false => self.submit(job),
                 }
-                outcome
+                told
             }
         };
-        outcome.await.unwrap_or_else(|_| Err(closed()))
+        told.await
     }
 
     fn post(

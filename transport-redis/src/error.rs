@@ -74,14 +74,6 @@ pub(crate) fn closed() -> Error {
     Error::not_executed(ErrorKind::Closed, "the transport is closed")
 }
 
-/// The transport was closed while it waited for an answer.
-pub(crate) fn closed_on_the_way() -> Error {
-    Error::maybe_executed(
-        ErrorKind::Closed,
-        "the transport was closed before Redis answered",
-    )
-}
-
 /// Another server may have the request.
 pub(crate) fn lost_lease() -> Error {
     Error::maybe_executed(

@@ -9,7 +9,6 @@ mod completer;
 mod config;
 mod connection;
 mod dial;
-mod done;
 mod error;
 mod frame;
 #[cfg(feature = "conformance")]

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::mem;
 use std::sync::Arc;
 
+use antiphon_core::transport::Done;
 use antiphon_core::{Error, ErrorKind, Executed, ServiceName};
 use tokio::time::Instant;
 
@@ -12,7 +13,6 @@ use crate::command::{Cmd, Pipeline};
 use crate::completer::millis;
 use crate::config::RedisConfig;
 use crate::connection::{self, Live};
-use crate::done::Done;
 use crate::frame::{self, Expiry};
 use crate::naming::{self, InboxKeys, ServiceKeys};
 use crate::pace::Pace;

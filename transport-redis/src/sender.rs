@@ -5,6 +5,7 @@ use std::mem;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use antiphon_core::transport::Done;
 use antiphon_core::{Error, ErrorKind, Reply, Request, ServiceName, Ticket};
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
@@ -15,7 +16,6 @@ use tokio_util::sync::CancellationToken;
 use crate::clock::{self, Clock};
 use crate::config::RedisConfig;
 use crate::connection::Link;
-use crate::done::Done;
 use crate::error;
 use crate::naming::InboxKeys;
 use crate::pace::Pace;
@@ -81,9 +81,12 @@ impl Job {
         }
     }
 
+    /// True if nobody wants it any more and it was not written.
     fn is_withdrawn(&self) -> bool {
-        let (Self::Request { done, .. } | Self::Reply { done, .. }) = self;
-        done.is_withdrawn()
+        match self {
+            Self::Request { done, .. } => done.is_withdrawn(),
+            Self::Reply { done, .. } => done.is_abandoned(),
+        }
     }
 }
 
@@ -116,7 +119,7 @@ impl Sender {
         expect_responder: bool,
         ticket: Ticket,
     ) -> Result<(), Error> {
-        let (done, outcome) = Done::of_request(ticket.clone());
+        let (done, told) = Done::of_request(ticket);
         let job = || Job::Request {
             service,
             expires: clock::expires(&request),
@@ -127,26 +130,17 @@ impl Sender {
         if !self.push(job) {
             return Err(error::closed());
         }
-        outcome.await.unwrap_or_else(|_| {
-            // Its trip was given up at close. If it was committed, it may have been written.
-            Err(if ticket.withdraw() {
-                error::closed()
-            } else {
-                error::closed_on_the_way()
-            })
-        })
+        told.await
     }
 
     /// Sends a message to an inbox; resolves when the broker has it.
     pub(crate) async fn reply(&self, to: InboxKeys, reply: Arc<Reply>) -> Result<(), Error> {
-        let (done, outcome) = Done::of_reply();
+        let (done, told) = Done::of_reply();
         let job = || Job::Reply { to, reply, done };
         if !self.push(job) {
             return Err(error::closed());
         }
-        outcome
-            .await
-            .unwrap_or_else(|_| Err(error::closed_on_the_way()))
+        told.await
     }
 
     /// Makes a job and takes it, unless all is over.

@@ -2,14 +2,10 @@
 
 mod support;
 
-use std::time::Duration;
-
 use antiphon_core::transport::SubscribeOptions;
 use antiphon_core::{Outcome, Reply, Transport};
 
-use support::{Broker, deliveries, delivery, fresh_service, reply, request, send, within};
-
-const BUDGET: Duration = Duration::from_secs(20);
+use support::{BUDGET, Broker, deliveries, delivery, fresh_service, reply, request, send, within};
 
 #[tokio::test]
 async fn round_trip_of_every_size() {

@@ -9,10 +9,9 @@ use antiphon_core::transport::{Inbox, SubscribeOptions, Subscription, Subscripti
 use redis::AsyncCommands;
 use redis::aio::MultiplexedConnection;
 
-use support::{Broker, deliveries, fresh_service, request, send, within};
+use support::{BUDGET, Broker, deliveries, fresh_service, request, send, within};
 
 const SERVICES: usize = 100;
-const BUDGET: Duration = Duration::from_secs(20);
 const WATCHED: Duration = Duration::from_secs(6);
 
 /// What Redis says of itself under that name.

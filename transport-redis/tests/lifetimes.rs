@@ -9,10 +9,7 @@ use antiphon_core::{Deadline, ErrorKind, Executed, Request, Ticket, Transport};
 use antiphon_redis::RedisTransport;
 use redis::AsyncCommands;
 
-use support::{Broker, delivery, fresh_service, request, send, within};
-
-const BUDGET: Duration = Duration::from_secs(20);
-const LEASE: Duration = Duration::from_millis(600);
+use support::{BUDGET, Broker, LEASE, delivery, fresh_service, request, send, within};
 
 async fn connect(broker: &Broker, lease: Duration) -> RedisTransport {
     let mut config = broker.config();

@@ -12,9 +12,7 @@ use antiphon_core::{
 use antiphon_redis::RedisTransport;
 use redis::AsyncCommands;
 
-use support::{Broker, PATIENCE, delivery, fresh_service, request, send, within};
-
-const BUDGET: Duration = Duration::from_secs(20);
+use support::{BUDGET, Broker, PATIENCE, delivery, fresh_service, request, send, within};
 
 fn address(text: &str) -> ReplyAddress {
     ReplyAddress::new(text).unwrap()

@@ -23,7 +23,7 @@ async fn client(broker: &Broker) -> (Arc<dyn Transport>, Client) {
 }
 
 #[tokio::test]
-async fn a_call_is_told_that_redis_has_no_room() {
+async fn a_call_is_told_that_the_broker_has_no_room() {
     let Some(broker) = Broker::private(&[]).await else {
         return;
     };

@@ -10,10 +10,9 @@ use antiphon_redis::RedisTransport;
 use redis::AsyncCommands;
 use redis::aio::MultiplexedConnection;
 
-use support::{Broker, deliveries, delivery, fresh_service, reply, request, send, within};
-
-const BUDGET: Duration = Duration::from_secs(20);
-const LEASE: Duration = Duration::from_millis(600);
+use support::{
+    BUDGET, Broker, LEASE, deliveries, delivery, fresh_service, reply, request, send, within,
+};
 
 async fn configure(plain: &mut MultiplexedConnection, name: &str, value: &str) {
     let _: () = redis::cmd("CONFIG")

@@ -21,9 +21,9 @@ use crate::error::{Error, ErrorKind, Executed};
 use crate::fault::{Code, Fault};
 use crate::handler::{AnyHandler, Failure, Handling, Response};
 use crate::server::{Keeping, KeptTo, count};
-use crate::settled::{Told, never_told};
+use crate::settled::never_told;
 use crate::signal::{Signal, Signals};
-use crate::transport::{Delivery, Later, Settle, Settled, Settlement, Unsettled};
+use crate::transport::{Delivery, Later, Settle, Settled, Settlement, Told, Unsettled};
 
 /// What is left of an execution where something was not ready at its first poll.
 pub(super) enum Left {
@@ -293,7 +293,7 @@ impl Service {
         told: Told,
         unsent: &Unsent,
     ) -> (Option<Result<(), Error>>, Option<Keeping>) {
-        let mut settling = pin!(told.ended());
+        let mut settling = pin!(told);
         tokio::select! {
             biased;
             settled = self.settled(&mut settling) => return (settled, None),

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use tokio::time::sleep;
 
 use crate::Verdict;
-use crate::bench::{Bench, eventually, fresh};
+use crate::bench::{Bench, MESSAGE_MAX, eventually, fresh};
 
 async fn echo(body: Bytes) -> Result<Bytes, Fault> {
     Ok(body)
@@ -123,14 +123,7 @@ pub(crate) async fn a_reply_waits_for_the_alarm_to_end(bench: Bench) -> Verdict 
 /// A message that is too large costs the channel, and whatever waits on it for the broker's word.
 pub(crate) async fn a_reply_that_the_broker_refuses_costs_no_neighbour(bench: Bench) -> Verdict {
     let service = fresh("refused");
-    // Newer brokers read the setting once, and keep it elsewhere.
-    let limit = |bytes: u32| {
-        format!(
-            "application:set_env(rabbit, max_message_size, {bytes}), \
-             persistent_term:put(max_message_size, {bytes})."
-        )
-    };
-    bench.ctl(&["eval", &limit(20_000)]).await?;
+    bench.limit_messages(20_000).await?;
     let answer = |body: Bytes| async move {
         sleep(Duration::from_millis(100)).await;
         Ok::<_, Fault>(match &body[..] {
@@ -146,7 +139,7 @@ pub(crate) async fn a_reply_that_the_broker_refuses_costs_no_neighbour(bench: Be
         call.timeout(Duration::from_secs(10)).into_future()
     });
     let results = futures_util::future::join_all(calls).await;
-    bench.ctl(&["eval", &limit(134_217_728)]).await?;
+    bench.limit_messages(MESSAGE_MAX).await?;
     for (index, result) in results.into_iter().enumerate() {
         match (index, result) {
             (2, Err(error)) => {

@@ -19,6 +19,9 @@ use crate::NotRun;
 
 pub(crate) const PROMPT: Duration = Duration::from_secs(5);
 
+/// What the broker takes by itself, in bytes.
+pub(crate) const MESSAGE_MAX: u32 = 134_217_728;
+
 #[derive(Clone)]
 pub(crate) struct Bench {
     pub(crate) broker: Arc<Broker>,
@@ -80,6 +83,16 @@ impl Bench {
             }
             Err(error) => panic!("{error}"),
         }
+    }
+
+    /// Has the broker refuse messages of more bytes.
+    pub(crate) async fn limit_messages(&self, bytes: u32) -> Result<(), NotRun> {
+        // Newer brokers read the setting once, and keep it elsewhere.
+        let set = format!(
+            "application:set_env(rabbit, max_message_size, {bytes}), \
+             persistent_term:put(max_message_size, {bytes})."
+        );
+        self.ctl(&["eval", &set]).await.map(drop)
     }
 
     /// Waits until the queue has as many messages.

@@ -6,6 +6,7 @@ mod bench;
 mod faults;
 mod frozen;
 mod peers;
+mod posted;
 mod queues;
 mod said;
 #[cfg(feature = "rustls")]
@@ -75,6 +76,12 @@ fn main() -> ExitCode {
         frozen::a_server_that_was_frozen_leaves_its_requests_to_others,
         frozen::a_server_that_hung_for_a_while_goes_on,
         frozen::a_newcomer_gets_the_service_of_an_owner_that_hangs,
+        posted::a_call_is_answered,
+        posted::a_call_is_told_that_the_broker_has_no_room,
+        posted::a_call_is_told_that_its_connection_was_lost,
+        posted::what_nobody_wants_any_more_is_not_sent,
+        posted::a_call_that_was_not_sent_is_told_of_the_close,
+        posted::a_call_is_told_that_its_channel_was_closed,
         alone::losing_the_publisher_costs_no_call,
         alone::blocked_requests_wait_and_are_withdrawn,
         alone::a_reply_waits_for_the_alarm_to_end,
@@ -112,7 +119,10 @@ fn main() -> ExitCode {
         Trial::ignorable_test(name, move || match bench {
             Ok(bench) => {
                 let case = async {
-                    let _company = match name.starts_with("alone/") {
+                    let is_alone = ["alone/", "posted/"]
+                        .iter()
+                        .any(|group| name.starts_with(group));
+                    let _company = match is_alone {
                         true => Err(ALONE.write().await),
                         false => Ok(ALONE.read().await),
                     };

@@ -22,6 +22,12 @@ use tokio::time::timeout;
 /// No step of a test takes longer.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
+/// How long a request of a test lives.
+pub const BUDGET: Duration = Duration::from_secs(20);
+
+/// Of those who connect by [`connect`].
+pub const LEASE: Duration = Duration::from_millis(600);
+
 /// A Redis server: a private process, or the one that the environment names.
 pub struct Broker {
     pub url: String,
@@ -165,6 +171,13 @@ fn spawn(arguments: &[String], directory: &PathBuf) -> std::io::Result<Child> {
         .current_dir(directory)
         .stdout(Stdio::null())
         .spawn()
+}
+
+/// Connects with a short lease.
+pub async fn connect(broker: &Broker) -> RedisTransport {
+    let mut config = broker.config();
+    config.lease = LEASE;
+    RedisTransport::connect(config).await.unwrap()
 }
 
 /// Bounds a step.

@@ -131,7 +131,7 @@ async fn commands(role: &Role, url: &str) -> Result<f64, Failure> {
         let often = Often {
             concurrency: 1,
             calls,
-            size: 64,
+            size: SIZE,
         };
         roles::call_often(role, often).await?;
         *count = idle::commands(url).await? - before;

@@ -368,9 +368,12 @@ impl<Out> Plain<Out> {
     fn begin(&mut self, started: Instant, now: Instant, cx: &Context<'_>) -> Result<(), Error> {
         self.stage = Stage::Over;
         let mut exchange = self.call.exchange(started)?;
-        let mut attempt = exchange.begin(now, Some(cx.waker()))?;
-        exchange.send(&mut attempt);
+        let attempt = exchange.begin(now, Some(cx.waker()))?;
+        // In its place before it is sent: should the transport panic, it is left all the same.
         self.stage = Stage::Trying { started, attempt };
+        if let Stage::Trying { attempt, .. } = &mut self.stage {
+            exchange.send(attempt);
+        }
         Ok(())
     }
 

@@ -21,7 +21,7 @@ const SHARED_PLACE: usize = 1024;
 /// one keeps that place itself.
 ///
 /// Copying costs less than a place that grows: when the closing quote no longer fits it doubles, and with bodies of 64 KiB
-/// the allocator asks the system for such places, and gives them back, all the time.
+/// the allocator asks the system for such places, and gives them back, all the time. A thread keeps three times as much at most.
 const COPIED_MAX: usize = 256 * 1024;
 
 /// A body from this length on leaves its place to the next one.
@@ -104,14 +104,14 @@ pub(crate) fn read<T: DeserializeOwned>(body: &[u8]) -> Result<T, Error> {
 pub(crate) fn take_reply<T: DeserializeOwned>(mut reply: Arc<Reply>) -> Result<T, Error> {
     let value = read(&reply.body);
     if let Some(reply) = Arc::get_mut(&mut reply) {
-        leave(mem::take(&mut reply.body));
+        reuse(mem::take(&mut reply.body));
     }
     value
 }
 
 /// Takes a body that was decoded: if it is long, and nobody else has it, the next one can have its place. Most that are
 /// decoded are soon followed by one that is encoded, and of about the same length: the reply, or the next call.
-pub(crate) fn leave(body: Bytes) {
+pub(crate) fn reuse(body: Bytes) {
     if !(LONG..=COPIED_MAX).contains(&body.len()) {
         return;
     }
@@ -164,10 +164,10 @@ mod tests {
         let body = encode(&long).unwrap();
         let place = body.as_ptr();
         let share = body.clone();
-        leave(body);
+        reuse(body);
         let other = encode(&long.to_uppercase()).unwrap();
         assert_eq!(share, format!("\"{long}\""));
-        leave(share);
+        reuse(share);
         let short = encode(&"y".repeat(LONG / 2)).unwrap();
         let next = encode(&"x".repeat(2 * LONG)).unwrap();
         assert_eq!(next.as_ptr(), place);
@@ -183,7 +183,7 @@ mod tests {
     fn part_of_a_large_place_is_not_kept() {
         let mut large = BytesMut::with_capacity(2 * COPIED_MAX);
         large.resize(2 * LONG, b'x');
-        leave(large.freeze());
+        reuse(large.freeze());
         assert_eq!(Scratch::take().left.capacity(), 0);
     }
 }

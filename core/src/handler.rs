@@ -172,13 +172,13 @@ where
     }
 }
 
-/// The body is gone when the handler starts, so that a large one is not held for as long as that runs.
+/// This share of the body is gone when the handler starts, so that a large one is not held for as long as that runs.
 #[cfg(feature = "json")]
 fn json_input<In: serde::de::DeserializeOwned>(body: Bytes) -> Result<In, Failure> {
     let input = crate::codec::decode(&body).map_err(|error| {
         Failure::Undecodable(format!("the body is not of the expected type: {error}"))
     });
-    crate::codec::leave(body);
+    crate::codec::reuse(body);
     input
 }
 

@@ -190,6 +190,9 @@ impl Pending {
 
     /// Hands what arrived to the calls that wait for it, or discards and counts it. Leaves `arrived` empty.
     pub(crate) fn resolve(&self, arrived: &mut Vec<Arrived>, now: Instant) {
+        if arrived.is_empty() {
+            return;
+        }
         {
             let mut table = self.lock();
             for arrived in &mut *arrived {

@@ -56,7 +56,7 @@ pub trait Transport: Debug + Send + Sync + 'static {
     /// **Returns** true if the transport has taken it. All is as of `send` from then on, but for three things: what goes wrong is told by
     /// [`Ticket::fail`], if all goes well nothing is told, and the time that is left is what is left until [`Ticket::deadline`]. False if it
     /// has not, for whatever reason: nothing has happened then, the ticket least of all, and `send` is to send it or to say what is wrong.
-    /// **Called** within the poll of a call: it must not block.
+    /// **Called** within the poll of a call: it must not block, and nobody withdraws the ticket before it returns.
     /// **By default** false, which is right too.
     /// *Checked by* the cases of `send`.
     fn post(
@@ -493,8 +493,8 @@ pub trait Settlement: Debug + Send + Sync {
     ///
     /// **Ready** if it is known at once how that ended. Else, and only then, `later` was made a [`Settled`], which is told it, once:
     /// over a network, as soon as the broker has accepted what settles the delivery, or will not.
+    /// What is known at once not to be settled is given back: its reply may be kept.
     /// *Checked by* `round_trip/*`, `redelivery/*`, `close/*`.
-    /// What could not be settled is given back.
     fn settle(self: Box<Self>, settle: Settle, later: Later<'_>) -> Poll<Result<(), Unsettled>>;
 
     /// Cancelled when the lease under which the delivery is held is lost. What is held under one lease shares it.

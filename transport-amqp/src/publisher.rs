@@ -360,7 +360,8 @@ impl Publisher {
             self.queue.push_back(job);
         }
         for job in self.queue.drain(..).chain(self.absent.drain()) {
-            job.done.tell(Err(closed()));
+            let executed = job.executed();
+            job.done.tell(Err(closed().with_executed(executed)));
         }
         let mut fates = Vec::new();
         if let Some(outlet) = self.outlet.take() {
@@ -464,13 +465,17 @@ impl Job {
     /// Its time is up, and it was not sent, or not taken.
     fn expire(self) {
         let message = "the request could not be sent before its deadline";
-        let executed = match &self.what {
+        let error = Error::not_executed(ErrorKind::DeadlineExceeded, message);
+        let error = error.with_executed(self.executed());
+        self.done.tell(Err(error));
+    }
+
+    /// If it may have been executed, though it is with nobody now.
+    fn executed(&self) -> Executed {
+        match &self.what {
             What::Request(request) => request.executed(),
             What::Reply { .. } => Executed::No,
-        };
-        let error = Error::not_executed(ErrorKind::DeadlineExceeded, message);
-        let error = error.with_executed(executed);
-        self.done.tell(Err(error));
+        }
     }
 }
 

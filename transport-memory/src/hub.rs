@@ -201,6 +201,7 @@ impl Hub {
         let mut inboxes = self.inboxes.write().unwrap_or_else(PoisonError::into_inner);
         // The address is asked for under the lock: it may be changing.
         inboxes.remove(&letters.address());
+        drop(inboxes);
         // A queue may know it still.
         letters.close();
     }

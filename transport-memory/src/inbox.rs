@@ -114,8 +114,9 @@ impl Letters {
         let waker = {
             let mut state = lock(&self.state);
             state.closed = true;
-            state.arrived.clear();
-            state.travelling.clear();
+            // Their room too: a queue may keep this for long.
+            state.arrived = VecDeque::new();
+            state.travelling = VecDeque::new();
             state.waker.take()
         };
         if let Some(waker) = waker {

@@ -5,13 +5,19 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 
-use antiphon_core::{Client, ClientConfig, Code, ErrorKind, Executed, Server, Transport};
+use antiphon_core::transport::{
+    Delivery, InboxEvent, Incoming, Outbound, SubscribeOptions, Subscription, SubscriptionEvent,
+};
+use antiphon_core::{
+    Client, ClientConfig, Code, CorrelationId, ErrorKind, Executed, Node, Outcome, Reply, Server,
+    ServiceName, Signal, Transport,
+};
 use antiphon_memory::{MemoryBroker, MemoryConfig};
 use bytes::Bytes;
-use tokio::task::coop;
+use tokio::task::{coop, yield_now};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
@@ -152,4 +158,104 @@ async fn a_handler_may_panic_before_it_gives_a_future() {
     assert_eq!(*client.call_raw("s", "echo").await.unwrap().body, *b"echo");
     assert_eq!(running.stats().handled, 2);
     running.shutdown().await.unwrap();
+}
+
+/// An offer that arrives in one batch with the reply, behind it, is of a call that has ended.
+#[tokio::test]
+async fn what_arrives_behind_the_reply_finds_no_call() {
+    let transport: Arc<dyn Transport> = Arc::new(MemoryBroker::new().connect());
+    let client = client(&transport).await;
+    let mut inbox = transport.open_inbox().await.unwrap();
+    let mut call = pin!(client.call_raw("s", "").into_future());
+    assert!(poll_once(call.as_mut()).is_pending());
+    let mut subscription = subscribe(&transport).await;
+    let id = next(&mut *subscription).await.request.id.clone();
+    let offer = Signal::Offer {
+        node: Node::new("n").unwrap(),
+        to: inbox.address(),
+        id: CorrelationId::random(),
+    };
+    for reply in [Reply::value(id.clone(), "answer"), Reply::signal(id, offer)] {
+        let message = Outbound::Reply {
+            to: client.inbox(),
+            reply: Arc::new(reply),
+        };
+        // They are there at the first poll, and the client has no turn between them.
+        assert!(poll_once(pin!(transport.send(message))).is_ready());
+    }
+    let answered = timeout(TURN, inbox.recv()).await.unwrap();
+    let InboxEvent::Replies(replies) = answered else {
+        panic!("{answered:?}");
+    };
+    let [Incoming::Reply(reply)] = &replies[..] else {
+        panic!("{replies:?}");
+    };
+    assert!(matches!(reply.outcome, Outcome::Fault { .. }), "{reply:?}");
+    assert_eq!(*call.await.unwrap().body, *b"answer");
+}
+
+/// What is sent again because the inbox was lost has what is left of the time, and not all of it again.
+#[tokio::test(start_paused = true)]
+async fn what_is_sent_again_has_the_time_that_is_left() {
+    let broker = MemoryBroker::new();
+    let transport: Arc<dyn Transport> = Arc::new(broker.connect());
+    let client = client(&transport).await;
+    broker.block();
+    let timeout = Duration::from_secs(30);
+    let mut call = pin!(client.call_raw("s", "").timeout(timeout).into_future());
+    assert!(poll_once(call.as_mut()).is_pending());
+    tokio::time::advance(Duration::from_secs(10)).await;
+    broker.lose_everything();
+    // The client hears of it.
+    while client.stats().pending > 0 {
+        yield_now().await;
+    }
+    assert!(poll_once(call.as_mut()).is_pending());
+    broker.unblock();
+    assert!(poll_once(call.as_mut()).is_pending());
+    let mut subscription = subscribe(&transport).await;
+    let delivery = next(&mut *subscription).await;
+    let left = delivery.request.deadline.unwrap().budget;
+    assert_eq!(left, Duration::from_secs(20));
+}
+
+/// Whoever is woken by a request may panic, and so may any transport.
+#[tokio::test]
+async fn a_call_whose_sending_panics_leaves_nothing_behind() {
+    struct Panics;
+
+    impl Wake for Panics {
+        fn wake(self: Arc<Self>) {
+            panic!("as it was told");
+        }
+    }
+
+    let transport: Arc<dyn Transport> = Arc::new(MemoryBroker::new().connect());
+    let client = client(&transport).await;
+    let mut subscription = subscribe(&transport).await;
+    let mut receiving = subscription.recv();
+    let waker = Waker::from(Arc::new(Panics));
+    let received = receiving.as_mut().poll(&mut Context::from_waker(&waker));
+    assert!(received.is_pending());
+    let mut call = Box::pin(client.call_raw("s", "").into_future());
+    assert!(is_over(call.as_mut()));
+    drop(call);
+    assert_eq!(client.stats().pending, 0);
+}
+
+fn poll_once<F: Future>(future: Pin<&mut F>) -> Poll<F::Output> {
+    future.poll(&mut Context::from_waker(Waker::noop()))
+}
+
+async fn subscribe(transport: &Arc<dyn Transport>) -> Box<dyn Subscription> {
+    let service = ServiceName::new("s").unwrap();
+    let options = SubscribeOptions::shared(1);
+    transport.subscribe(&service, options).await.unwrap()
+}
+
+async fn next(subscription: &mut dyn Subscription) -> Delivery {
+    match timeout(TURN, subscription.recv()).await.unwrap() {
+        SubscriptionEvent::Deliveries(mut deliveries) => deliveries.remove(0),
+        SubscriptionEvent::Closed(error) => panic!("{error}"),
+    }
 }

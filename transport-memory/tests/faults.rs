@@ -572,3 +572,61 @@ async fn one_who_sleeps_until_a_request_arrives_may_be_dropped() {
     });
     assert_eq!(text(&taken.request.body), "1");
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_reply_to_an_inbox_that_is_gone_is_counted_though_the_queue_knows_it() {
+    let broker = MemoryBroker::new();
+    let transport = broker.connect();
+    let mut inbox = transport.open_inbox().await.unwrap();
+    let mut subscription = shared(&transport, "s", 5).await;
+    for body in ["1", "2"] {
+        send(&transport, "s", request_to(&*inbox, body)).await;
+        echo(delivery(&mut subscription).await).await.unwrap();
+    }
+    assert_eq!(replies(&mut inbox).await, ["1", "2"]);
+    send(&transport, "s", request_to(&*inbox, "3")).await;
+    let held = delivery(&mut subscription).await;
+    drop(inbox);
+    echo(held).await.unwrap();
+    assert_eq!(broker.stats().undeliverable_replies, 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reply_does_not_overtake_one_that_travels() {
+    let broker = MemoryBroker::new();
+    let transport = broker.connect();
+    let mut inbox = transport.open_inbox().await.unwrap();
+    let mut subscription = shared(&transport, "s", 5).await;
+    for body in ["0", "1", "2"] {
+        send(&transport, "s", request_to(&*inbox, body)).await;
+    }
+    let mut held = deliveries(&mut subscription).await.into_iter();
+    echo(held.next().unwrap()).await.unwrap();
+    broker.delay(Duration::from_millis(200));
+    echo(held.next().unwrap()).await.unwrap();
+    broker.delay(Duration::ZERO);
+    echo(held.next().unwrap()).await.unwrap();
+    assert_eq!(replies(&mut inbox).await, ["0"]);
+    advance(Duration::from_millis(250)).await;
+    assert_eq!(replies(&mut inbox).await, ["1", "2"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reply_to_an_inbox_that_has_moved_is_counted_though_the_queue_knows_it() {
+    let broker = MemoryBroker::new();
+    let transport = broker.connect();
+    let mut inbox = transport.open_inbox().await.unwrap();
+    let mut subscription = shared(&transport, "s", 5).await;
+    for body in ["1", "2"] {
+        send(&transport, "s", request_to(&*inbox, body)).await;
+        echo(delivery(&mut subscription).await).await.unwrap();
+    }
+    assert_eq!(replies(&mut inbox).await, ["1", "2"]);
+    let old = request_to(&*inbox, "3");
+    broker.lose_everything();
+    assert!(matches!(inbox.recv().await, InboxEvent::Lost(_)));
+    send(&transport, "s", old).await;
+    echo(delivery(&mut subscription).await).await.unwrap();
+    assert_eq!(broker.stats().undeliverable_replies, 1);
+    assert!(is_silent(&mut inbox));
+}

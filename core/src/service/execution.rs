@@ -207,13 +207,17 @@ impl Service {
         let mut later = |settle: &Settle| {
             is_told = true;
             let unsent = kept.take().and_then(|kept| kept.unsent(settle));
-            if let (Some(_), true) = (&unsent, self.outbox.is_durable()) {
-                let (settled, told) = Settled::to_waiter();
-                under_way = unsent.map(|unsent| Unended::UnderWay(told, unsent));
-                return settled;
+            match unsent {
+                Some(unsent) if self.outbox.is_durable() => {
+                    let (settled, told) = Settled::to_waiter();
+                    under_way = Some(Unended::UnderWay(told, unsent));
+                    settled
+                }
+                unsent => {
+                    let counted = self.settling.token();
+                    Settled::to_service(UnderWay::new(Arc::downgrade(self), unsent, counted))
+                }
             }
-            let counted = self.settling.token();
-            Settled::to_service(UnderWay::new(Arc::downgrade(self), unsent, counted))
         };
         match settlement.settle(settle, Later::new(&mut later)) {
             Poll::Ready(Ok(())) => None,

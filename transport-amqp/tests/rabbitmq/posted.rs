@@ -74,6 +74,7 @@ pub(crate) async fn a_call_is_told_that_the_broker_has_no_room(bench: Bench) {
     assert_eq!(client.stats().pending, 0);
 }
 
+/// By its ticket or by its inbox, which is lost as well.
 pub(crate) async fn a_call_is_told_that_its_connection_was_lost(bench: Bench) {
     let service = fresh("lost");
     declare(&bench.plain().await, &service, &[]).await;
@@ -157,6 +158,7 @@ pub(crate) async fn what_nobody_wants_any_more_is_not_sent(bench: Bench) {
     assert_eq!(error.executed(), Executed::Maybe, "{error}");
 }
 
+/// By its ticket or by its inbox, which is closed as well.
 pub(crate) async fn a_call_that_was_not_sent_is_told_of_the_close(bench: Bench) {
     let (service, (transport, client)) = (fresh("unsent"), client(&bench).await);
     // It waits for the service's queue.

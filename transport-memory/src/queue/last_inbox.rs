@@ -50,3 +50,32 @@ impl LastInbox {
         self.misses = 0;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use antiphon_core::CorrelationId;
+
+    use super::*;
+
+    #[test]
+    fn it_makes_way_when_replies_go_elsewhere() {
+        let mut last = LastInbox::default();
+        assert!(last.is_stale());
+        let letters = Arc::new(Letters::new(1));
+        let (known, other) = (letters.address(), Letters::new(2).address());
+        last.remember(known.clone(), letters);
+        let reply = Arc::new(Reply::value(CorrelationId::random(), ""));
+        for round in [1, 2] {
+            for _ in 1..MISSES_MAX {
+                assert!(last.deliver(&other, Arc::clone(&reply)).is_err());
+            }
+            assert!(!last.is_stale(), "{round}");
+            // One that finds it in between counts more.
+            assert!(last.deliver(&known, Arc::clone(&reply)).is_ok());
+        }
+        for _ in 0..MISSES_MAX {
+            assert!(last.deliver(&other, Arc::clone(&reply)).is_err());
+        }
+        assert!(last.is_stale());
+    }
+}

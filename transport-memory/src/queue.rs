@@ -152,37 +152,39 @@ impl Queue {
         reply: Option<Arc<Reply>>,
         hub: &Hub,
     ) -> Result<(), Option<Arc<Reply>>> {
-        let mut undelivered = None;
-        let (request, server, client) = {
+        let (request, server, delivered, is_stale) = {
             let mut guard = lock(&self.state);
             let state = &mut *guard;
             let Some(Held { queued, session }) = state.held.remove(key) else {
                 return Err(reply);
             };
-            let server = state.free_hand(session);
-            let client = match (&queued.request.reply_to, reply) {
+            let delivered = match (&queued.request.reply_to, reply) {
                 (Some(to), Some(reply)) if hub.faults.are_none() => {
-                    let delivered = state.last_inbox.deliver(to, reply);
-                    delivered.unwrap_or_else(|reply| {
-                        undelivered = Some((reply, state.last_inbox.is_stale()));
-                        None
-                    })
+                    state.last_inbox.deliver(to, reply)
                 }
-                (_, reply) => {
-                    undelivered = reply.map(|reply| (reply, false));
-                    None
-                }
+                (Some(_), Some(reply)) => Err(reply),
+                (None, _) | (_, None) => Ok(None),
             };
-            (queued.request, server, client)
+            let is_stale = state.last_inbox.is_stale();
+            (
+                queued.request,
+                state.free_hand(session),
+                delivered,
+                is_stale,
+            )
         };
-        for waker in server.into_iter().chain(client) {
-            waker.wake();
+        if let Some(server) = server {
+            server.wake();
         }
-        if let (Some(to), Some((reply, is_stale))) = (&request.reply_to, undelivered) {
-            if is_stale && let Some(letters) = hub.inbox(to) {
-                lock(&self.state).last_inbox.remember(to.clone(), letters);
+        match (delivered, &request.reply_to) {
+            (Ok(Some(client)), _) => client.wake(),
+            (Err(reply), Some(to)) => {
+                if is_stale && let Some(letters) = hub.inbox(to) {
+                    lock(&self.state).last_inbox.remember(to.clone(), letters);
+                }
+                hub.reply(to, reply);
             }
-            hub.reply(to, reply);
+            (Ok(None), _) | (Err(_), None) => {}
         }
         Ok(())
     }

@@ -4,7 +4,9 @@ mod support;
 
 use std::time::Duration;
 
-use antiphon_core::transport::{InboxEvent, SubscribeOptions, SubscriptionEvent};
+use antiphon_core::transport::{
+    Inbox, InboxEvent, SubscribeOptions, Subscription, SubscriptionEvent,
+};
 use antiphon_core::{ConnectionState, Deadline, ErrorKind, Executed, Reply, Ticket, Transport};
 use antiphon_memory::{MemoryBroker, MemoryConfig, MemoryTransport};
 use futures_util::FutureExt;
@@ -577,13 +579,7 @@ async fn one_who_sleeps_until_a_request_arrives_may_be_dropped() {
 async fn a_reply_to_an_inbox_that_is_gone_is_counted_though_the_queue_knows_it() {
     let broker = MemoryBroker::new();
     let transport = broker.connect();
-    let mut inbox = transport.open_inbox().await.unwrap();
-    let mut subscription = shared(&transport, "s", 5).await;
-    for body in ["1", "2"] {
-        send(&transport, "s", request_to(&*inbox, body)).await;
-        echo(delivery(&mut subscription).await).await.unwrap();
-    }
-    assert_eq!(replies(&mut inbox).await, ["1", "2"]);
+    let (inbox, mut subscription) = known_inbox(&transport).await;
     send(&transport, "s", request_to(&*inbox, "3")).await;
     let held = delivery(&mut subscription).await;
     drop(inbox);
@@ -615,13 +611,7 @@ async fn a_reply_does_not_overtake_one_that_travels() {
 async fn a_reply_to_an_inbox_that_has_moved_is_counted_though_the_queue_knows_it() {
     let broker = MemoryBroker::new();
     let transport = broker.connect();
-    let mut inbox = transport.open_inbox().await.unwrap();
-    let mut subscription = shared(&transport, "s", 5).await;
-    for body in ["1", "2"] {
-        send(&transport, "s", request_to(&*inbox, body)).await;
-        echo(delivery(&mut subscription).await).await.unwrap();
-    }
-    assert_eq!(replies(&mut inbox).await, ["1", "2"]);
+    let (mut inbox, mut subscription) = known_inbox(&transport).await;
     let old = request_to(&*inbox, "3");
     broker.lose_everything();
     assert!(matches!(inbox.recv().await, InboxEvent::Lost(_)));
@@ -629,4 +619,16 @@ async fn a_reply_to_an_inbox_that_has_moved_is_counted_though_the_queue_knows_it
     echo(delivery(&mut subscription).await).await.unwrap();
     assert_eq!(broker.stats().undeliverable_replies, 1);
     assert!(is_silent(&mut inbox));
+}
+
+/// An inbox that the queue of `s` knows, having replied to it twice.
+async fn known_inbox(transport: &MemoryTransport) -> (Box<dyn Inbox>, Box<dyn Subscription>) {
+    let mut inbox = transport.open_inbox().await.unwrap();
+    let mut subscription = shared(transport, "s", 5).await;
+    for body in ["1", "2"] {
+        send(transport, "s", request_to(&*inbox, body)).await;
+        echo(delivery(&mut subscription).await).await.unwrap();
+    }
+    assert_eq!(replies(&mut inbox).await, ["1", "2"]);
+    (inbox, subscription)
 }
